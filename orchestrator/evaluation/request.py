@@ -14,14 +14,14 @@ from runfolder.job import Base
 from trainer.data.tokenizer import end_ids, load_tokenizer
 
 
-def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer of a base, and the ids at which its generation stops; raises InputError."""
+def base_tokenizer(place: Base, option: str = "--base") -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a base, and the ids at which its generation stops; raises InputError for the option."""
     folder = folder_of_base(place)
     try:
         tokenizer = load_tokenizer(place, folder)
         return tokenizer, end_ids(tokenizer, place, folder)
     except (ValueError, OSError) as error:
-        raise InputError(f"--base: {line_of(error)}") from error
+        raise InputError(f"{option}: {line_of(error)}") from error
 
 
 def evaluation_request(

@@ -12,6 +12,7 @@ import torch
 import yaml
 from evaluations import make_adapter
 from run_folders import make_run
+from sampling import each_sampled
 
 import fleetune
 from orchestrator import runs
@@ -30,7 +31,7 @@ from trainer.data.rows import Row
 from trainer.data.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
-ROWS = 12
+ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,6 @@ def test_a_model_judges_alike_whoever_is_compared_with_whom(task: Path, adapters
     of_one = by_label(again)[one].wins
     assert of_one and of_one.of_rows == tuple(1 - won for won in for_two.of_rows)
     assert of_one.flipped == for_two.flipped > 0  # as small a judge likes one of the letters
-    third = fleetune.evaluate(adapters, [task], base=str(TINY), out=tmp_path, judge="base", against=one)
-    assert third.asked == 0 and by_label(third)[two].wins == for_two
     plain = found.to_json()["tasks"][0]["results"][2]["wins"]
     assert plain["win_rate"] == for_two.rate.to_json() and plain["flipped"] == for_two.flipped
     (said, _) = win_texts(found.tasks[0])
@@ -124,7 +123,7 @@ def test_a_model_judges_alike_whoever_is_compared_with_whom(task: Path, adapters
     assert said in answers_page(found)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", each_sampled(["lora", "full"]))
 def test_a_reward_model_judges_by_the_scores_that_plain_libraries_give(
     kind: str, task: Path, home: Path, launch: Any, tmp_path: Path
 ) -> None:
