@@ -14,7 +14,7 @@ from runfolder.files import Record, read_json
 from runfolder.job import Base
 
 SCORER = [sys.executable, "-P", "-m", "trainer.score_answers"]
-_OPTION = "--judge"
+_JUDGE = "--judge"
 _SCORES = "ForSequenceClassification"  # how the class of a model ends that scores
 _ALLOWED = "allowed: base, a folder or hub id of a whole model, or the run or folder of a reward model"
 
@@ -33,13 +33,13 @@ def find_judge(name: str, base: Base, out: Path, progress: EvaluationProgress) -
     if classes[0].endswith(_SCORES):
         return _reward_judge(source, adapted, out, progress)
     if adapted or not config:
-        raise InputError(f"{_OPTION}: {name}: found an adapter that writes; {_ALLOWED}")
+        raise InputError(f"{_JUDGE}: {name}: found an adapter that writes; {_ALLOWED}")
     return _model_judge(source.label, Base(model=str(source.folder)), out, progress)
 
 
 def _model_judge(name: str, base: Base, out: Path, progress: EvaluationProgress) -> ModelJudge:
     """A model that reads answers and compares them."""
-    tokenizer, ends = base_tokenizer(base, _OPTION)
+    tokenizer, ends = base_tokenizer(base, _JUDGE)
 
     def answer(prepared: PreparedTask) -> AllAnswers:
         request = evaluation_request(base, (), [prepared], out)
@@ -55,7 +55,7 @@ def _reward_judge(source: AdapterSource, adapted: Record, out: Path, progress: E
     if adapted:
         plain = source.base or {"model": adapted["base_model_name_or_path"]}
         base = Base(model=plain["model"], revision=plain.get("revision"))
-    tokenizer, ends = base_tokenizer(base, _OPTION)
+    tokenizer, ends = base_tokenizer(base, _JUDGE)
 
     def answer(prepared: PreparedTask) -> AllAnswers:
         request = evaluation_request(base, (), [prepared], out)
