@@ -194,7 +194,7 @@ def test_the_reference_of_another_chat_template_start_or_method_is_another(
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps(row | {"prompt": [asked(row["prompt"])]}) + "\n" for row in rows))
     bases = {}
-    for name, mark in (("one", "user: "), ("again", "user: "), ("other", "asked: ")):
+    for name, mark in (("one", "user: "), ("other", "asked: ")):
         bases[name] = tmp_path / f"base-{name}"
         shutil.copytree(tiny_base, bases[name])
         tokenizer = AutoTokenizer.from_pretrained(bases[name])
@@ -214,7 +214,7 @@ def test_the_reference_of_another_chat_template_start_or_method_is_another(
 
     first = run("first", "one", PISSA)
     others = {
-        "same": run("same", "again", PISSA, 0.3),
+        "same": run("same", "one", PISSA, 0.3),
         "template": run("template", "other", PISSA),
         "start": run("start", "one", PISSA | {"init": "gaussian"}),
         "method": run("method", "one", {"kind": "dora", "rank": 4}),
