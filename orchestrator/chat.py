@@ -11,8 +11,9 @@ from typing import IO, Any
 from orchestrator.child import asked_child
 from orchestrator.errors import InputError, JobFailed
 from orchestrator.evaluation.adapters import AdapterSource, resolve_adapters
-from orchestrator.evaluation.evaluate import TRAIN, base_named, base_tokenizer, require_packages
+from orchestrator.evaluation.evaluate import TRAIN, base_named, require_packages
 from orchestrator.evaluation.report import UNTUNED
+from orchestrator.evaluation.request import base_tokenizer
 from orchestrator.planning.model import folder_of_base
 from trainer.data.chats import Message
 from trainer.data.encode import Encoder, Reading

@@ -34,6 +34,14 @@ RunsClusterOption = Annotated[
 ]
 
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", metavar="JUDGE", help="Compares answers: base, a model, or the run of a reward model."),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option("--against", metavar="RUN|DIR", help="Whose answers are compared; without it, the base's."),
+]
 EvaluatingClusterOption = Annotated[
     str | None, typer.Option("--cluster", metavar="NAME", help="Evaluate there, as a job; without it, here.")
 ]
@@ -81,6 +89,8 @@ def evaluate_command(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write all answers to this file, to look through.")
     ] = None,
+    judge: JudgeOption = None,
+    against: AgainstOption = None,
     cluster: EvaluatingClusterOption = None,
     sets: EvaluationSetOption = None,
     yes: YesOption = False,
@@ -98,14 +108,13 @@ def evaluate_command(
         out=out,
         cluster=cluster,
         overrides=sets or (),
+        judge=judge,
+        against=against,
         progress=count_answers,
         sent=count_bytes,
         announce=_tell_submission,
     )
     evaluation = _with_environment(ask, yes)
-    clear_count()
-    for warning in evaluation.warnings:
-        warn(warning)
     _show_evaluation(evaluation, html, as_json)
 
 
@@ -124,6 +133,9 @@ def _with_environment(ask: "Callable[[], EvaluationReport]", yes: bool) -> "Eval
 
 def _show_evaluation(evaluation: "EvaluationReport", html: Path | None, as_json: bool) -> None:
     """Write the answers into a file, and print what was found."""
+    clear_count()
+    for warning in evaluation.warnings:
+        warn(warning)
     if html:
         from orchestrator.evaluation.page import write_page
 

@@ -146,11 +146,11 @@ class Engine:
     def step(self) -> None:
         """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
         self.scheduler.admit()
+        if self.scheduler.stuck:
+            self._refuse(self.scheduler.waiting.first())
         self._fill()
         if self.scheduler.running:
             self._advance()
-        elif self.scheduler.waiting and not self.scheduler.filling:
-            self._refuse(self.scheduler.waiting.first())
 
     @torch.inference_mode()
     def logits(self, request: Request) -> Tensor:

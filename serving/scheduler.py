@@ -42,6 +42,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not (self.waiting or self.filling or self.running)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the first that waits does not fit though nothing else is admitted."""
+        return bool(self.waiting) and not self._admitted
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         self.waiting.append(sequence)

@@ -17,6 +17,7 @@ from orchestrator.comparison.student import critical_value
 
 FlagsByRow = Sequence[bool]
 NumbersByRow = Sequence[float]
+_TIE = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,20 @@ def difference_of_shares(a: FlagsByRow, b: FlagsByRow, level: float = CONFIDENCE
     low = max(-1.0, centre - half)
     high = min(1.0, centre + half)
     return Estimate((only_a - only_b) / n, low, high)
+
+
+def win_rate(wins: NumbersByRow, level: float = CONFIDENCE) -> Estimate:
+    """The mean of 1 for a row that is won, 0 for one that is lost and one half for a tie.
+
+    It is one half, and half of what the share won is more than the share lost.
+    """
+    won = [value > _TIE for value in wins]
+    lost = [value < _TIE for value in wins]
+    more = difference_of_shares(won, lost, level)
+    value = _TIE + more.value / 2
+    low = _TIE + more.low / 2
+    high = _TIE + more.high / 2
+    return Estimate(value, low, high)
 
 
 def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = CONFIDENCE) -> Estimate:

@@ -1,6 +1,5 @@
 """The verb `evaluate`: all adapters on all tasks, in one pass of one engine, and what came of it."""
 
-import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,21 +9,22 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.evaluation.adapters import AdapterSource, PlainBase, base_of, resolve_adapters
 from orchestrator.evaluation.harness import harness_name, harness_tasks, require_harness
+from orchestrator.evaluation.judges import find_judge
+from orchestrator.evaluation.judging import judged_tasks, opponent, require_written
 from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
+from orchestrator.evaluation.request import base_tokenizer, evaluation_request, line_of
 from orchestrator.evaluation.scores import score_task
 from orchestrator.evaluation.submitted import ClusterEvaluation
 from orchestrator.evaluation.task import HARNESS, TaskSpec, read_tasks
 from orchestrator.evaluation.tracked import track
 from orchestrator.planning.freeze import Sent
-from orchestrator.planning.model import folder_of_base
 from orchestrator.submit import Submission
-from runfolder.digests import folder_digest
 from runfolder.folders import home
 from runfolder.job import Base
-from trainer.data.tokenizer import end_ids, load_tokenizer
 
+AnswersTo = Callable[[dict[str, Any], EvaluationProgress], AllAnswers]  # a request
 TOLD = 1e-4  # of a difference to the base: what is less is rounding, of 32 bits or of 16
 DATA, TRAIN = "data", "train"  # extras: what makes questions needs, and what answers them here
 _PACKAGES_OF = {DATA: ("transformers", "numpy", "jinja2"), TRAIN: ("torch", "transformers", "safetensors")}
@@ -39,6 +39,8 @@ def evaluate(
     out: Path | None = None,
     cluster: str | None = None,
     overrides: Sequence[str] = (),
+    judge: str | None = None,
+    against: str | None = None,
     progress: EvaluationProgress = lambda _done, _total: None,
     sent: Sent = lambda _file, _bytes, _total: None,
     announce: Callable[[Submission], None] = lambda _: None,
@@ -49,6 +51,9 @@ def evaluate(
     for its resources; `announce` is called with its submission, and `sent` as `submit` does. Raises JobFailed or
     JobStopped where it ends otherwise than well, Unreachable where the same call is to be repeated.
 
+    A `judge` (`base`, the folder or hub id of a model, the run or folder of a reward model) compares every answer
+    with that of the base, or of the adapter `against`; it judges on this machine.
+
     `limit`: only so many rows of each task. Answers are kept in `out`, else in FLEETUNE_HOME/evaluations; what is
     there already is not asked again. Each adapter that a run left gets a child run of that run in MLflow for each
     task. Raises InputError with a line for each error, before anything is asked.
@@ -57,27 +62,61 @@ def evaluate(
     paths = [Path(task) for task in tasks if harness_name(task) is None]
     read = read_tasks(paths)
     _require_own_tasks(of_harness, cluster)
+    if judge:
+        require_written(read, of_harness)
     sources = resolve_adapters(adapters, evaluated_on=cluster)
-    require_packages(DATA if cluster else TRAIN)
+    labels = [source.label for source in sources]
+    other = opponent(against, dict(zip(adapters, labels, strict=True)), judge)
+    require_packages(DATA if cluster and not judge else TRAIN)
     place = base_named(base, sources)
-    prepared = _prepare(read, place, limit)
     folder = out or home() / "evaluations"
-    request = _request_of(place, sources, prepared, folder)
+    judging = find_judge(judge, place, folder, progress) if judge else None
+    prepared = _prepare(read, place, limit)
+    request = evaluation_request(place, sources, prepared, folder)
+    answer = _who_answers(cluster, overrides, sent, announce, place, sources)
+    by_task, answers = _ask_all(prepared, of_harness, request, answer, limit, progress)
+    if judging:
+        by_task = judged_tasks(by_task, judging, other)
+        answers += judging.asked
+    report = _report_of(place, _with_runs(by_task, sources), answers)
+    return track(report, sources)
+
+
+def _ask_all(
+    prepared: Sequence[PreparedTask],
+    of_harness: Sequence[str],
+    request: dict[str, Any],
+    answer: AnswersTo,
+    limit: int | None,
+    progress: EvaluationProgress,
+) -> tuple[list[EvaluatedTask], list[AllAnswers]]:
+    """The scores of all tasks, and what was answered for them."""
     by_task: list[EvaluatedTask] = []
     answers: list[AllAnswers] = []
     if prepared:
-        answer: Callable[[dict[str, Any], EvaluationProgress], AllAnswers] = have_answered
-        if cluster:
-            answer = ClusterEvaluation(cluster, overrides, sent, announce, place, sources).answers
         answered = answer(request, progress)
         by_task += _scored_tasks(prepared, answered)
         answers.append(answered)
     for name in of_harness:
-        judged, answered = harness_tasks(request, name, limit, progress)
-        by_task += judged
+        scored, answered = harness_tasks(request, name, limit, progress)
+        by_task += scored
         answers.append(answered)
-    report = _report_of(place, _with_runs(by_task, sources), answers)
-    return track(report, sources)
+    return by_task, answers
+
+
+def _who_answers(
+    cluster: str | None,
+    overrides: Sequence[str],
+    sent: Sent,
+    announce: Callable[[Submission], None],
+    place: Base,
+    sources: Sequence[AdapterSource],
+) -> AnswersTo:
+    """What has questions answered: a process here, or a job on a cluster."""
+    if cluster is None:
+        return have_answered
+    there = ClusterEvaluation(cluster, overrides, sent, announce, place, sources)
+    return there.answers
 
 
 def _require_own_tasks(of_harness: Sequence[str], cluster: str | None) -> None:
@@ -115,16 +154,6 @@ def require_packages(extra: str) -> None:
         raise InputError(f"evaluate: needs {packages}; allowed: pip install 'fleetune[{extra}]'")
 
 
-def base_tokenizer(place: Base) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer of a base, and the ids at which its generation stops; raises InputError."""
-    folder = folder_of_base(place)
-    try:
-        tokenizer = load_tokenizer(place, folder)
-        return tokenizer, end_ids(tokenizer, place, folder)
-    except (ValueError, OSError) as error:
-        raise InputError(f"--base: {_line_of(error)}") from error
-
-
 def _prepare(tasks: Sequence[TaskSpec], place: Base, limit: int | None) -> list[PreparedTask]:
     """The rows of tasks as questions; raises InputError with a line for each task whose data cannot be used."""
     tokenizer, ends = base_tokenizer(place)
@@ -135,7 +164,7 @@ def _prepare(tasks: Sequence[TaskSpec], place: Base, limit: int | None) -> list[
         try:
             rows = preparation.prepare(task, limit)
         except ValueError as error:  # a RowError
-            problems.append(f"task {task.name}: {_line_of(error)}")
+            problems.append(f"task {task.name}: {line_of(error)}")
             continue
         if rows.rows:
             prepared.append(rows)
@@ -144,35 +173,6 @@ def _prepare(tasks: Sequence[TaskSpec], place: Base, limit: int | None) -> list[
     if problems:
         raise InputError("\n".join(problems))
     return prepared
-
-
-def _request_of(
-    place: Base, sources: Sequence[AdapterSource], prepared: Sequence[PreparedTask], out: Path
-) -> dict[str, Any]:
-    """What the evaluating process is asked."""
-    folder = folder_of_base(place)
-    adapters = []
-    for source in sources:
-        adapter = {"name": source.label, "folder": str(source.folder)}
-        adapters.append(adapter)
-    tasks = [task.dump() for task in prepared]
-    return {
-        "base": str(folder or place.model),
-        "revision": None if folder else place.revision,
-        "base_digest": _base_digest(place, folder),
-        "adapters": adapters,
-        "out": str(out.absolute()),
-        "tasks": tasks,
-    }
-
-
-def _base_digest(place: Base, folder: Path | None) -> str:
-    """The digest of a base's folder; of one that is not here yet, of its name."""
-    if folder is not None:
-        return folder_digest(folder, scratch=False)
-    named = f"{place.model}@{place.revision}"
-    digest = hashlib.sha256(named.encode())
-    return digest.hexdigest()
 
 
 def _with_runs(tasks: Sequence[EvaluatedTask], sources: Sequence[AdapterSource]) -> list[EvaluatedTask]:
@@ -228,11 +228,3 @@ def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
                 rows = len(result.scores)
                 crowded.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
     return [*of_adapters, *crowded]
-
-
-def _line_of(error: Exception) -> str:
-    """The first line of what an error says."""
-    lines = str(error).strip().splitlines()
-    if lines:
-        return lines[0]
-    return type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.comparison.report import style_sheet
 from orchestrator.evaluation.report import LOSS, EvaluatedTask, EvaluationReport, TaskResult
-from orchestrator.evaluation.table import TITLES, difference_text, estimate_text, verdict_on
+from orchestrator.evaluation.table import TITLES, difference_text, estimate_text, verdict_on, win_texts
 
 _SECTION = (
     '<h2>{name}</h2><p class="best">{verdict}</p><div class="wide"><table><tr>{heads}</tr>{rows}</table></div>{note}'
@@ -74,6 +74,8 @@ def _section(task: EvaluatedTask) -> str:
     note = _NOTE.format(rows=len(task.prepared.rows), data=data)
     name = escape(task.name)
     verdict = escape(verdict_on(task))
+    for text in win_texts(task):
+        verdict += f"<br>{escape(text)}"
     return _SECTION.format(name=name, verdict=verdict, heads=heads, rows=rows, note=note)
 
 

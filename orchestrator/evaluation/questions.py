@@ -24,7 +24,8 @@ _ENDLESS = 1 << 30  # tokens of a row: what has no room on the base is found by 
 class AskedRow:
     """A row of a task: what is asked, as people read it and as token ids, and what is right.
 
-    Of a choice, `choices` are the texts and `right` is the number of the right one.
+    Of a choice, `choices` are the texts and `right` is the number of the right one. Where something is written, `row`
+    is what was read.
     """
 
     number: int
@@ -33,6 +34,7 @@ class AskedRow:
     question: Question = _NO_QUESTION
     choices: tuple[str, ...] = ()
     right: int = 0
+    row: Row | None = None
 
     @property
     def key(self) -> str:
@@ -77,14 +79,29 @@ class Preparation:
         most = task.rows or limit
         if most is not None and limit is not None:
             most = min(most, limit)
-        encoder = self._encoder(task)
         if task.kind == "choice":
             choices = islice(read_choices(task), most)
-            asked = self._choices(task, list(choices), encoder)
-        else:
-            with_prompt = filter(_has_prompt, read_rows(task.data, task.columns))
-            rows = islice(with_prompt, most)
-            asked = self._rows(task, list(rows), encoder)
+            return self.prepare_choices(task, list(choices))
+        with_prompt = filter(_has_prompt, read_rows(task.data, task.columns))
+        rows = islice(with_prompt, most)
+        asked = self._rows(task, list(rows), self._encoder(task))
+        return PreparedTask(task, tuple(asked))
+
+    def prepare_choices(self, task: TaskSpec, choices: Sequence[ChoiceRow]) -> PreparedTask:
+        """A task of choices between these texts."""
+        encoder = self._encoder(task)
+        asked = self._choices(task, choices, encoder)
+        return PreparedTask(task, tuple(asked))
+
+    def prepare_texts(self, task: TaskSpec, rows: list[Row]) -> PreparedTask:
+        """A task that gives each row, with its answer and the end of that, one number."""
+        encoder = self._encoder(task)
+        asked = []
+        for row, examples in encoder.examples(rows):
+            ids = examples[-1].ids.tolist()
+            text = ScoredText(tuple(ids), ())
+            question = Question(texts=(text,))
+            asked.append(AskedRow(row.number, "", "", question))
         return PreparedTask(task, tuple(asked))
 
     def _encoder(self, task: TaskSpec) -> "Encoder":
@@ -113,7 +130,7 @@ class Preparation:
             question = Question(tuple(ids), task.max_new_tokens, self._ends, task.stop, scored)
             prompt = self._shown(ids)
             expected = _expected(row)
-            yield AskedRow(row.number, prompt, expected, question)
+            yield AskedRow(row.number, prompt, expected, question, row=row)
 
     def _choices(self, task: TaskSpec, choices: Sequence[ChoiceRow], encoder: "Encoder") -> Iterator[AskedRow]:
         """A question for each row: the log-likelihood of each text that may be chosen, behind the prompt."""

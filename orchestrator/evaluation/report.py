@@ -11,6 +11,7 @@ from orchestrator.comparison.estimates import (
     difference_of_shares,
     ratio_of_sums,
     share,
+    win_rate,
 )
 from orchestrator.comparison.intervals import CONFIDENCE, at_once
 from orchestrator.evaluation.questions import PreparedTask
@@ -19,6 +20,29 @@ from orchestrator.evaluation.scores import Score, Scores
 UNTUNED = "base"  # what the base is called among the adapters
 LOSS = "loss"
 EstimatesByMeasure = dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Wins:
+    """How an adapter's answers fared before a judge: of each row 1 where they won, 0 where not, one half for a tie.
+
+    `flipped` rows are ties as the judge's choice went with the order of the answers; of these `unread` had no room.
+    """
+
+    judge: str
+    against: str
+    of_rows: tuple[float, ...]
+    flipped: int = 0
+    unread: int = 0
+
+    @property
+    def rate(self) -> Estimate:
+        """The share that was won, with its interval."""
+        return win_rate(self.of_rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**asdict(self), "win_rate": self.rate.to_json()}
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,7 @@ class TaskResult:
     run_id: str | None = None
     mlflow_run_id: str | None = None
     left_out: float = 0.0
+    wins: Wins | None = None
 
     @property
     def right(self) -> list[bool]:
@@ -130,6 +155,9 @@ class EvaluatedTask:
         """A result as plain data, without its scores."""
         plain = asdict(result)
         del plain["scores"]
+        del plain["wins"]
+        if result.wins is not None:
+            plain["wins"] = result.wins.to_json()
         plain["without_room"] = result.without_room
         plain["measures"] = _as_plain(self.estimates(result))
         if result is not self.base:

@@ -17,7 +17,7 @@ _SPELLED_OUT = {"number": r"-?\d[\d,]*(?:\.\d+)?"}
 class Score:
     """What an answer is worth: whether it is right, and of a loss, nats and tokens.
 
-    `shown` is the answer as people read it, the likeliest text where one is chosen.
+    `shown` is the answer as people read it, the likeliest text where one is chosen; `written` is it as it came.
     """
 
     right: bool
@@ -25,6 +25,7 @@ class Score:
     nats: float = 0.0
     tokens: int = 0
     without_room: bool = False
+    written: str = ""
 
 
 Scores = tuple[Score, ...]  # of one adapter in one task, by row
@@ -53,7 +54,7 @@ def _score_written(task: TaskSpec, row: AskedRow, answer: KeptAnswer) -> Score:
     right = is_right(written, row.expected, task.extract)
     tokens = sum(text.count for text in row.question.texts)
     nats = -sum(answer.log_likelihoods)
-    return Score(right, shown, nats, tokens)
+    return Score(right, shown, nats, tokens, written=written)
 
 
 def _score_choice(task: TaskSpec, row: AskedRow, answer: KeptAnswer) -> Score:

@@ -19,7 +19,10 @@ def evaluation_table(report: EvaluationReport, width: int) -> Group:
     for task in report.tasks:
         grid = _task_table(task, width)
         sentence = WrappedText(verdict_on(task))
-        shown += [grid, sentence, ""]
+        shown += [grid, sentence]
+        for text in win_texts(task):
+            shown.append(WrappedText(text))
+        shown.append("")
     last = WrappedText(asked_text(report))
     shown.append(last)
     return Group(*shown)
@@ -106,6 +109,23 @@ def verdict_on(task: EvaluatedTask) -> str:
     if len(task.results) > 1:
         return f"{sentence}, better than all others"
     return sentence
+
+
+def win_texts(task: EvaluatedTask) -> list[str]:
+    """Of each adapter whose answers were judged, how often they won, in one sentence."""
+    texts = []
+    for result in task.results:
+        wins = result.wins
+        if wins is None:
+            continue
+        rate = estimate_text("win_rate", wins.rate)
+        text = f"{result.label} wins {rate} against {wins.against}, judged by {wins.judge}"
+        if wins.flipped:
+            text += f"; {wins.flipped} of {len(wins.of_rows)} choices went with the order, and are ties"
+        if wins.unread:
+            text += f"; {wins.unread} had no room, and are ties"
+        texts.append(text)
+    return texts
 
 
 def asked_text(report: EvaluationReport) -> str:

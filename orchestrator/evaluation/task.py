@@ -50,6 +50,11 @@ class TaskSpec(Section):
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer that is written")
     stop: tuple[str, ...] = Field((), description="texts at the first of which an answer is cut off")
+    criterion: str = Field(
+        "more helpful and more correct",
+        min_length=1,
+        description="what a judging model takes for the better of two answers; evaluate --judge",
+    )
     parse_special: bool = Field(False, description="names of control tokens in the data are control tokens, not text")
     date: datetime.date | None = Field(None, description="what a chat template takes for today; null: today")
 
@@ -145,4 +150,5 @@ def _found_from(source: str, task_file: Path) -> str:
 
 def described(task: TaskSpec) -> dict[str, Any]:
     """What a task's questions depend on, beside its data; not what counts as right: that is judged each time."""
-    return task.model_dump(mode="json", exclude={"data", "rows", "extract", "normalise", "answer"})
+    judged_later = {"data", "rows", "extract", "normalise", "answer", "criterion"}
+    return task.model_dump(mode="json", exclude=judged_later)

@@ -123,7 +123,9 @@ def _evaluation_digest(task: EvaluatedTask, result: TaskResult) -> str:
         keys.append(row.key)
     path = Path(result.file)
     answers_of = path.parts[-3]
-    facts = (task.prepared.key, keys, result.digest, answers_of, result.right, task.base.right)
+    facts: list[Any] = [task.prepared.key, keys, result.digest, answers_of, result.right, task.base.right]
+    if result.wins is not None:
+        facts.append(result.wins.to_json())
     text = json.dumps(facts)
     digest = hashlib.sha256(text.encode())
     return digest.hexdigest()[:32]
@@ -134,6 +136,9 @@ def _logged_metrics(task: EvaluatedTask, result: TaskResult) -> Iterator[tuple[s
     estimates = task.estimates(result)
     for measure, more in task.to_base(result).items():
         estimates[f"{measure}_to_base"] = more
+    if result.wins is not None:
+        estimates["win_rate"] = result.wins.rate
+        yield "flipped", float(result.wins.flipped)
     for name, estimate in estimates.items():
         for end, number in estimate.to_json().items():
             key = name
@@ -154,3 +159,6 @@ def _logged_params(task: EvaluatedTask, result: TaskResult) -> Iterator[tuple[st
     yield "data", data[-_LONGEST_PARAM:]
     yield "rows", str(rows)
     yield "adapter_digest", result.digest
+    if result.wins is not None:
+        yield "judge", result.wins.judge[-_LONGEST_PARAM:]
+        yield "judged_against", result.wins.against

@@ -161,3 +161,11 @@ def test_log_likelihoods_are_those_of_the_logits(base: Path, exported: dict[str,
         expected = [float(log_TV[at - 1, PROMPT[at]]) for at in range(20, 30)]
         (found,) = engine.log_likelihoods([Request(PROMPT, name)], [20])
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_more_texts_than_rows_are_scored_in_turn(base: Path) -> None:
+    texts = [Request(PROMPT[first:]) for first in range(5)]
+    expected = [engine_of(base).log_likelihoods([text], [20])[0] for text in texts]
+    found = engine_of(base, rows=2).log_likelihoods(texts, [20] * 5)  # each is done in the pass that reads it
+    for scores, alone in zip(found, expected, strict=True):
+        assert scores == pytest.approx(alone, abs=1e-4)

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,33 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def judged(pairs: Path) -> Path:
+    """A .jsonl of the same sums, each with one answer that was judged."""
+    path = pairs.with_name("judged.jsonl")
+    lines = []
+    for number, line in enumerate(pairs.read_text().splitlines()):
+        row = json.loads(line)
+        liked = number % 3 > 0
+        row = {"prompt": row["prompt"], "completion": row["chosen" if liked else "rejected"], "label": liked}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def preference_run(new_run: Any, pairs: Path, judged: Path) -> Any:
+    """Make the folder of a run on pairs, or on judged answers for KTO; parts are as in `new_run`."""
+
+    def make(name: str, objective: dict[str, Any], **parts: Any) -> Path:
+        data = {"train": str(judged if objective["kind"] == "kto" else pairs), **parts.pop("data", {})}
+        train = {"steps": 20, "batch_tokens": 400, "lr": 1e-3, "micro_batch": 1, **parts.pop("train", {})}
+        run: Path = new_run(name, objective=objective, data=data, train=train, **parts)
+        return run
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""Objectives on preferences: first losses that are known, the same curve in every layout, and one reference."""
+"""Objectives on preferences: the same curve in every layout and after a resume, and one reference."""
 
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from by_hand import adamw, base, clipped_step
-from finished_runs import Curve, curve, difference, events, interrupted, rows
+from finished_runs import Curve, curve, difference, events, interrupted
+from first_steps import DPO, FIRST, LN_2, PISSA
 from llamas import random_llama
 from sampling import sampled
 from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import AutoTokenizer
 
 from methods.base import Setup
 from methods.registry import create
@@ -39,57 +42,7 @@ from trainer.schedule import learning_rate
 from trainer.step import with_starts
 
 STEPS, HALF = 20, 10
-LN_2 = 0.6931471805599453
-DPO = {"kind": "dpo", "beta": 0.1}
-FIRST: dict[str, tuple[dict[str, Any], float]] = {
-    "sigmoid": (DPO, LN_2),
-    "smoothed": (DPO | {"label_smoothing": 0.2}, LN_2),
-    "per-token": (DPO | {"per_token": True}, LN_2),
-    "ipo": (DPO | {"loss": "ipo"}, 25.0),
-    "ipo-summed": (DPO | {"loss": "ipo", "beta": 0.5, "per_token": False}, 1.0),
-    "hinge": (DPO | {"loss": "hinge"}, 1.0),
-    "kto": ({"kind": "kto", "desirable": 1.5, "undesirable": 1.5}, 0.75),
-    "reward": ({"kind": "reward"}, LN_2),
-}
-PISSA = {"kind": "lora", "rank": 4, "init": "pissa"}
-METHODS = {
-    "full": {"kind": "full"},
-    "lora": {"kind": "lora", "rank": 4},
-    "dora": {"kind": "dora", "rank": 4},
-    "pissa": PISSA,
-    "prefix": {"kind": "prefix", "tokens": 3},
-    "galore": {"kind": "galore", "rank": 4},
-}
 LAYOUTS = [(1, 0, 3, True), (2, 2, 1, True), (2, 3, 1, False), (3, 1, 2, True)]  # workers, ZeRO, micro-batch, packed
-EVERY_LAYOUT = [(*layout, packed) for *layout, packed in product((1, 2, 3), (0, 1, 2, 3), (2,), (True, False))]
-OF_METHOD = dict(zip(METHODS, ("sigmoid", "ipo", "reward", "hinge", "kto", "smoothed"), strict=True))
-
-
-@pytest.fixture(scope="session")
-def judged(pairs: Path) -> Path:
-    """A .jsonl of the same sums, each with one answer that was judged."""
-    path = pairs.with_name("judged.jsonl")
-    lines = []
-    for number, line in enumerate(pairs.read_text().splitlines()):
-        row = json.loads(line)
-        liked = number % 3 > 0
-        row = {"prompt": row["prompt"], "completion": row["chosen" if liked else "rejected"], "label": liked}
-        lines.append(json.dumps(row) + "\n")
-    path.write_text("".join(lines))
-    return path
-
-
-@pytest.fixture
-def preference_run(new_run: Any, pairs: Path, judged: Path) -> Any:
-    """Make the folder of a run on pairs, or on judged answers for KTO; parts are as in `new_run`."""
-
-    def make(name: str, objective: dict[str, Any], **parts: Any) -> Path:
-        data = {"train": str(judged if objective["kind"] == "kto" else pairs), **parts.pop("data", {})}
-        train = {"steps": STEPS, "batch_tokens": 400, "lr": 1e-3, "micro_batch": 1, **parts.pop("train", {})}
-        run: Path = new_run(name, objective=objective, data=data, train=train, **parts)
-        return run
-
-    return make
 
 
 def log_likelihood(model: Any, document: Document) -> torch.Tensor:
@@ -154,28 +107,6 @@ BY_HAND: dict[str, tuple[dict[str, Any], Callable[[Step], torch.Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("cases", sampled(list(product(METHODS, EVERY_LAYOUT))))
-@pytest.mark.timeout(7200)
-def test_two_steps_are_the_same_in_every_layout(cases: list[Any], preference_run: Any, launch: Any) -> None:
-    runs = {}
-    alone = {(method, (1, 0, 2, False)) for method, _ in cases}
-    for method, (world, zero, micro, packed) in {*cases, *alone}:
-        runs[method, world, zero, packed] = preference_run(
-            f"{method}-{world}-{zero}-{packed}",
-            FIRST[OF_METHOD[method]][0],
-            method=METHODS[method],
-            data={"packing": packed},
-            train={"steps": 2, "micro_batch": micro},
-            sharding={"zero": zero},
-        )
-        launch(world, runs[method, world, zero, packed])
-    for case, run in runs.items():
-        expected = curve(runs[case[0], 1, 0, False])
-        assert rows(run, 1)[1]["loss"] == pytest.approx(FIRST[OF_METHOD[case[0]]][1], abs=1e-6), case
-        assert difference(curve(run), expected) < 1e-5, case
-        assert difference(curve(run)[:1], expected[:1]) < 1e-6, case
-
-
 def by_hand(run_dir: Path, cache: Path, loss_of: Callable[[Step], torch.Tensor]) -> Curve:
     """Losses and norms of a plain loop that keeps a copy of the model as it was."""
     job = load_job(run_dir)
@@ -197,29 +128,6 @@ def by_hand(run_dir: Path, cache: Path, loss_of: Callable[[Step], torch.Tensor])
         optimizer.zero_grad()
         found.append((loss.item(), norm))
     return found
-
-
-@pytest.mark.parametrize("cases", sampled(list(product(FIRST, METHODS, LAYOUTS)), 2))
-@pytest.mark.timeout(3600)
-def test_first_losses_are_known(cases: list[Any], preference_run: Any, launch: Any) -> None:
-    runs = {}
-    for case in cases:
-        name, method, (world, zero, micro, packed) = case
-        runs[case] = preference_run(
-            f"{name}-{method}-{world}-{zero}",
-            FIRST[name][0],
-            method=METHODS[method],
-            data={"packing": packed},
-            train={"steps": 2, "micro_batch": micro},
-            sharding={"zero": zero},
-        )
-        launch(world, runs[case])
-    for case, run in runs.items():
-        first, second = rows(run, 1).values()
-        assert first["loss"] == pytest.approx(FIRST[case[0]][1], abs=1e-6), case
-        assert first["loss"] != second["loss"], case
-        if "accuracy" in first:
-            assert first["accuracy"] == pytest.approx(0.5, abs=1e-6), case
 
 
 @pytest.mark.parametrize("cases", sampled(list(product(BY_HAND, LAYOUTS))))
@@ -277,6 +185,52 @@ def test_the_reference_is_computed_once(preference_run: Any, launch: Any, pairs:
     ]
     launch(1, *changed)
     assert [computed(each) > 0 for each in changed] == [True] * 3
+
+
+def test_the_reference_of_another_chat_template_start_or_method_is_another(
+    preference_run: Any, launch: Any, pairs: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()[:20]]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(row | {"prompt": [asked(row["prompt"])]}) + "\n" for row in rows))
+    bases = {}
+    for name, mark in (("one", "user: "), ("other", "asked: ")):
+        bases[name] = tmp_path / f"base-{name}"
+        shutil.copytree(tiny_base, bases[name])
+        tokenizer = AutoTokenizer.from_pretrained(bases[name])
+        tokenizer.chat_template = f"{{% for m in messages %}}{mark}{{{{ m.content }}}}\n{{% endfor %}}"
+        tokenizer.save_pretrained(bases[name])
+
+    def run(name: str, template: str, method: dict[str, Any], beta: float = 0.1) -> Path:
+        made: Path = preference_run(
+            name,
+            DPO | {"beta": beta},
+            base=str(bases[template]),
+            method=method,
+            data={"train": str(chats)},
+            train={"steps": 2},
+        )
+        return made
+
+    first = run("first", "one", PISSA)
+    others = {
+        "same": run("same", "one", PISSA, 0.3),
+        "template": run("template", "other", PISSA),
+        "start": run("start", "one", PISSA | {"init": "gaussian"}),
+        "method": run("method", "one", {"kind": "dora", "rank": 4}),
+    }
+    launch(1, first, *others.values())
+    assert computed(first) > 0
+    assert {name: computed(each) > 0 for name, each in others.items()} == {
+        "same": False,
+        "template": True,
+        "start": True,
+        "method": True,
+    }
+
+
+def asked(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 def test_a_damaged_reference_is_computed_again_unless_the_policy_has_moved(
