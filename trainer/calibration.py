@@ -138,10 +138,11 @@ def moments_to_come(run: Run) -> list[torch.Tensor]:
     if run.sharded.chunked or optimizer.state or type(optimizer) is not torch.optim.AdamW:
         return []
     moments = []
-    for fragment in run.sharded.fragments():
-        for _ in range(2):
-            moment = torch.empty_like(fragment.parameter)
-            moments.append(moment)
+    for group in optimizer.param_groups:  # a method may hold moments of its own in the place of some
+        for parameter in group["params"]:
+            for _ in range(2):
+                moment = torch.empty_like(parameter)
+                moments.append(moment)
     return moments
 
 

@@ -91,25 +91,28 @@ class _PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, packed: Tensor, rows: int, columns: int) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.shape = (rows, columns)
-        weight_OI = dequantise(packed, rows, columns, value.dtype)
+        weight_OI = dequantise(packed, rows, columns, value.dtype, again=False)
         return value.matmul(weight_OI.t())
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
         rows, columns = ctx.shape
-        weight_OI = dequantise(packed, rows, columns, slope.dtype)
+        weight_OI = dequantise(packed, rows, columns, slope.dtype, again=True)
         return slope.matmul(weight_OI), None, None, None
 
 
 @torch.library.custom_op("fleetune_dry_run::dequantise", mutates_args=())
-def dequantise(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A weight made whole from its packed bytes, without its values."""
+def dequantise(packed: Tensor, rows: int, columns: int, dtype: torch.dtype, again: bool) -> Tensor:  # noqa: ARG001
+    """A weight made whole from its packed bytes, without its values.
+
+    `again` is for the backward pass: a compiler that saw the same call twice would keep what the first one gave.
+    """
     shape = (rows, columns)
     return torch.empty(shape, dtype=dtype, device=packed.device)
 
 
 @dequantise.register_fake
-def _fake_dequantise(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _fake_dequantise(packed: Tensor, rows: int, columns: int, dtype: torch.dtype, again: bool) -> Tensor:  # noqa: ARG001
     shape = (rows, columns)
     return torch.empty(shape, dtype=dtype, device=packed.device)

@@ -84,6 +84,10 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.index_put.default and self._phase == "backward":
+            # The gradient of an index is written into zeros, which only tensors without values are copied for.
+            zeros = args[0]
+            self._drop(zeros.untyped_storage()._cdata)
         if self._counts:
             for value in tree_iter(made):
                 if isinstance(value, torch.Tensor):
