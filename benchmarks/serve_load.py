@@ -79,7 +79,10 @@ def spread(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     ordered = sorted(values)
-    return {"median": round(statistics.median(ordered), 4), "p95": round(ordered[int(0.95 * (len(ordered) - 1))], 4)}
+    return {
+        "median": round(statistics.median(ordered), 4),
+        "p95": round(ordered[round(0.95 * (len(ordered) - 1))], 4),
+    }
 
 
 @dataclass
