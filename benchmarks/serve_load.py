@@ -37,15 +37,14 @@ import llama_1b
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from random_base import random_base
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from serving.gateway.tenants import hash_of
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["Write", "a", "long", "story", "about", "a", "small", "town", "and", "who", "lives", "there"]
-FRESH = 500  # words that a prompt may begin with
+WORDS = 500  # of those that the tokenizer has, that prompts are made of
 SHARE = 16  # adapters of a tenant
 RANDOM_CLIENTS = 50
 START_S = 900  # until the server must have read its adapters
@@ -108,7 +107,7 @@ class Client:
 
     async def ask(self) -> None:
         """One request with a fresh prompt, read as a stream."""
-        text = " ".join([f"w{self.draw.randrange(FRESH)}", *self.draw.choices(WORDS, k=self.words - 1)])
+        text = " ".join(f"w{self.draw.randrange(WORDS)}" for _ in range(self.words))
         body = {"model": self.draw.choice(self.adapters), "prompt": text, "max_tokens": self.tokens}
         begun = time.monotonic()
         events = 0
@@ -230,24 +229,13 @@ def ratio(beside: list[float], alone: list[float]) -> float | None:
     return round(statistics.median(beside) / statistics.median(alone), 3)
 
 
-def random_base(folder: Path, device: str) -> Path:
-    """A folder with random weights, and a tokenizer that has a word for every token."""
+def shape_for(device: str) -> dict[str, Any]:
+    """The shape of Llama-3.2-1B for a GPU, that of the tiny base for the CPU."""
     shape = llama_1b.SHAPE
     if device == "cpu":
         plain = json.loads((ROOT / "examples" / "tiny" / "config.json").read_text())
         shape = {name: plain[name] for name in shape.keys() & plain.keys()}
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**shape, dtype=dtype))
-    model.to(dtype).save_pretrained(folder)
-    words = list(dict.fromkeys(WORDS))
-    words += [f"w{number}" for number in range(shape["vocab_size"] - len(words))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
+    return shape
 
 
 def random_adapters(base: Path, folder: Path, count: int, rank: int) -> list[Path]:
@@ -316,7 +304,8 @@ def main() -> None:
         parser.error("--device: found cuda, and no GPU is here")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        base = random_base(folder / "base", options.device)
+        dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+        base = random_base(folder / "base", shape_for(options.device), dtype, options.device)
         adapters = random_adapters(base, folder, options.adapters, options.rank)
         with server(base, adapters, folder, options.device) as (port, start_s):
             load = Load(port, [adapter.name for adapter in adapters], options)
