@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_submission_that_was_broken_off_is_not_made_by_who_looks(
     other = "b-0123456789"
     backend.site.create(other, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
     status = backend.look([other])[other].on_cluster
-    assert status.state == "unknown" and "nobody has tried to make a RayJob of it" in status.reason
+    assert status.state == "unknown" and "nobody has tried to submit it" in status.reason
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -228,8 +229,8 @@ def test_its_cronjob_does_so_with_all_laptops_closed(cluster: Cluster, tmp_path:
     run_id = fleetune.submit(make_job(tmp_path), cluster="k8s").run_id
     cluster.objects["rayjobs", f"{run_id}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
     objects = {each["kind"]: each for each in keeper_for("k8s")}
-    allowed = [(verb, "rayjobs") for rule in objects["Role"]["rules"] for verb in rule["verbs"]]
-    cluster.tokens = {"keeper": {*allowed}}
+    (rule,) = objects["Role"]["rules"]
+    cluster.tokens = {"keeper": set(product(rule["verbs"], rule["resources"]))}
     template = objects["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]
     assert broken_rules(template["spec"]) == set()
     pod = template | {"metadata": {"name": "keeper-1"}}
