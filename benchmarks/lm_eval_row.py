@@ -87,6 +87,9 @@ def in_one_engine(
     base: Path, adapters: Mapping[str, Path], tasks: list[str], options: Any
 ) -> tuple[dict[str | None, Results], float]:
     """What the harness says of all adapters in one engine, and the seconds."""
+    import lm_eval.evaluator
+    import lm_eval.tasks  # noqa: F401
+
     from serving.harness import evaluate_by_harness
 
     positions = options.prompt + options.new + ROOM
@@ -113,6 +116,7 @@ def one_by_one(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = str(base_dtype()).removeprefix("torch.")
     length = options.prompt + options.new + ROOM
+    manager = TaskManager()  # it reads all tasks that the harness has: the peer need not do so for each adapter
     began = time.perf_counter()
     found = {}
     for name, folder in adapters.items():
@@ -124,7 +128,7 @@ def one_by_one(
             max_length=length,
             batch_size=options.batch,
         )
-        found[name] = evaluate(lm=model, task_dict=TaskManager().load(tasks), bootstrap_iters=0)
+        found[name] = evaluate(lm=model, task_dict=manager.load(tasks), bootstrap_iters=0)
     return found, time.perf_counter() - began
 
 

@@ -59,7 +59,7 @@ def test_a_job_is_submitted_looked_at_and_cancelled(
 def test_an_evaluation_is_a_rayjob_whose_answers_come_back(
     laptop: Path, cluster: Cluster, tiny_base: Path, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"{number} + 1 =", "answer": f" {number + 1}"} for number in range(3)]
+    rows = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(3)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = tmp_path / "sums.yaml"
     task.write_text("kind: generation\ndata: sums.jsonl\nmax_new_tokens: 4\n")

@@ -145,7 +145,7 @@ def test_the_whole_manifest_of_a_service_is_as_it_was(monkeypatch: pytest.Monkey
 
 def test_a_service_without_an_end_alone_is_taken() -> None:
     ends = SERVICE.model_copy(update={"resources": Resources(gpus_per_node=2, walltime=60)})
-    with pytest.raises(SubmissionRefused, match="walltime: allowed for a service on Kubernetes: none"):
+    with pytest.raises(SubmissionRefused, match="resources.walltime: allowed for a service on Kubernetes: none"):
         cluster().request(ends, "mine-0123456789", 1)
 
 

@@ -151,13 +151,13 @@ def test_what_the_server_does_not_take_is_said_in_one_line(serving: Serving, clu
     with pytest.raises(InputError, match="exceeded quota.*count/rayservices.ray.io") as told:
         submit(serving)
     assert "\n" not in str(told.value) and not services(cluster)
-    with pytest.raises(InputError, match="^walltime: allowed for a service on Kubernetes: none"):
+    with pytest.raises(InputError, match="^resources.walltime: allowed for a service on Kubernetes: none"):
         serve_on_cluster(serving, "k8s", "mine", Resources(walltime=60, grace=60))
 
 
-def test_the_command_prints_what_comes_next(serving: Serving, cluster: Cluster) -> None:
+def test_the_command_prints_the_run_id(serving: Serving, cluster: Cluster) -> None:
     options = ["--base", serving.base, "--adapters", *serving.adapters, "--tenants", str(serving.tenants_file)]
     ran = CliRunner().invoke(app, ["serve", "--cluster", "k8s", *options], catch_exceptions=False)
     assert ran.exit_code == 0
     (name,) = services(cluster)
-    assert f"fleetune status {name.removesuffix('-s1')}" in ran.stdout
+    assert ran.stdout == f"{name.removesuffix('-s1')}\n"
