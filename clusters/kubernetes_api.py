@@ -108,7 +108,8 @@ class KubernetesApi:
         """The objects of a kind of KubeRay's with these labels."""
         plural = _PLURALS[kind]
         path = f"/apis/{self._group['group']}/{self._group['version']}/namespaces/{self.namespace}/{plural}"
-        return self._all_pages(path, {"labelSelector": selector})
+        found = self._all_pages(path, {"labelSelector": selector})
+        return [{"kind": kind, **each} for each in found]  # a list need not say it of each
 
     def request(
         self,
