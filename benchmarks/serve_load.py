@@ -12,8 +12,8 @@ process, which read streams. Neither Ray nor OpenAI's client is needed. Three pa
 - `tenants`: two more have `--clients` requests each under way all the while, together more than the server has rows
   (256), for 16 adapters each. Given is the least service of the two by the most, after a fifth of the time, counted
   as the server does (1 for a token of a prompt, 2 for one of an answer); and what the first tenant waits by what it
-  waited alone.
-- `adapters`: 50 clients ask adapters that chance chooses of all.
+  waited alone. A part must be far longer than an answer takes then: nobody's rows are taken away.
+- `at_random`: 50 clients ask adapters that chance chooses of all.
 """
 
 import argparse
