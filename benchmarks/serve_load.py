@@ -47,7 +47,6 @@ ROOT = Path(__file__).parent.parent
 WORDS = 500  # of those that the tokenizer has, that prompts are made of
 SHARE = 16  # adapters of a tenant
 RANDOM_CLIENTS = 50
-START_S = 900  # until the server must have read its adapters
 KEYS = {"busy": "ft-busy", "other": "ft-other", "small": "ft-small"}
 
 
