@@ -29,6 +29,7 @@ from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.pod_starts import HINDERED_STARTS
 from k8s.planned import SUBMISSION_LABEL
+from orchestrator.backends import open_cluster
 from orchestrator.k8s_install import keeper_for, kubernetes_config
 from runfolder import chain
 from runfolder.hindrance import note_hindrance
@@ -298,7 +299,7 @@ def rights_in(role: dict[str, Any]) -> set[tuple[str, str]]:
 
 def submit_service(laptop: Path, cluster: Cluster) -> None:
     """A service whose RayService somebody deletes."""
-    backend = Kubernetes.open(kubernetes_config("k8s"), laptop)
+    backend = open_cluster("k8s")
     run_id = "s-0123456789"
     record = {"cluster": "k8s", "submitted": 0.0, "digests": {}, "job": SERVICE.dump()}
     LocalSite(laptop / "runs").create(run_id, record)
