@@ -80,7 +80,8 @@ def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> l
 
 def _ended_days_ago(rayjob: Answered) -> float:
     """For how many days a RayJob has been over, by the server's own times."""
-    ended = rayjob["status"].get("endTime") or rayjob["metadata"]["creationTimestamp"]
+    status = rayjob.get("status") or {}
+    ended = status.get("endTime") or rayjob["metadata"]["creationTimestamp"]
     age = datetime.now(UTC) - datetime.fromisoformat(ended)
     return age / timedelta(days=1)
 
@@ -96,6 +97,8 @@ def _rayjobs(rayjobs: Iterable[Answered], snapshots: Mapping[str, Snapshot]) -> 
         newest[run_id] = max(number, newest.get(run_id, 0))
         by_number.append((run_id, number, rayjob))
     for run_id, number, rayjob in by_number:
+        if is_rayservice(rayjob) and not goes_on(rayjob):
+            continue  # somebody has removed it already
         run = snapshots.get(run_id)
         if run is None or run.damaged or (runs_now(rayjob) and not is_rayservice(rayjob)):
             continue  # what nobody can read says nothing, and who runs sees for itself that its run has ended
