@@ -6,7 +6,8 @@
 Random LoRA adapters of rank 16 on all linear layers, random prompts, greedy; without `--base` a random model in the
 shape of Llama-3.2-1B. Of both, the seconds are those of asking, without loading the base. The peer takes `--batch`
 prompts at once; it is timed on the first `--peer-adapters` adapters, and the seconds of all are that many times more.
-Beside the times stands how many answers are the same, token by token.
+Beside the times stands how many answers are the same, token by token. With `--lm-eval` a second peer is
+lm-evaluation-harness with its own HF model (`pip install lm-eval`; see lm_eval_row.py).
 """
 
 import argparse
@@ -18,8 +19,10 @@ from typing import Any
 
 import llama_1b
 import torch
+from lm_eval_row import lm_eval_row
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from random_base import random_base
+from transformers import AutoModelForCausalLM
 
 from serving.engine import Engine
 from serving.evaluate import Candidate, answer_all, sheets_of
@@ -39,7 +42,7 @@ def main() -> None:
     options = read_options()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        base = options.base or random_base(folder / "base")
+        base = options.base or random_base(folder / "base", llama_1b.SHAPE, base_dtype(), DEVICE, end="w2")
         adapters = random_adapters(base, folder, options.adapters)
         torch.manual_seed(0)
         vocabulary = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
@@ -48,6 +51,7 @@ def main() -> None:
         ours, seconds = in_one_pass(base, adapters, questions, folder / "answers")
         some = dict(list(adapters.items())[: options.peer_adapters])
         theirs, peer_seconds = one_by_one(base, some, questions, options.batch)
+        harness = lm_eval_row(base, adapters, folder, options) if options.lm_eval else {}
     same = [a == b for name in some for a, b in zip(ours[name], theirs[name], strict=True)]
     times = len(adapters) / len(some)
     result = {
@@ -58,6 +62,7 @@ def main() -> None:
         "peft_adapters_timed": len(some),
         "ratio": round(peer_seconds * times / seconds, 1),
         "same_answers": round(sum(same) / len(same), 4),
+        **harness,
     }
     print(json.dumps(result, indent=1))
     if options.out:
@@ -72,16 +77,8 @@ def read_options() -> argparse.Namespace:
     for name, default in (("adapters", 16), ("rows", 500), ("prompt", 128), ("new", 32), ("batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peer-adapters", type=int, default=2)
+    parser.add_argument("--lm-eval", action="store_true")
     return parser.parse_args()
-
-
-def random_base(folder: Path) -> Path:
-    """A folder with random weights."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(LlamaConfig(**llama_1b.SHAPE, dtype=base_dtype()))
-    model.to(base_dtype()).save_pretrained(folder)
-    return folder
 
 
 def random_adapters(base: Path, folder: Path, count: int) -> dict[str, Path]:

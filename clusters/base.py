@@ -63,12 +63,14 @@ class ClusterRequest:
 class ClusterStatus:
     """How the cluster sees a run: facts about processes alone; how a run ended is told by its folder.
 
-    `stuck`: the cluster tries again and again, but somebody has to fix what `reason` says.
+    `stuck`: the cluster tries again and again, but somebody has to fix what `reason` says. `address`: where a service
+    answers that the cluster itself keeps up.
     """
 
     state: ClusterState
     reason: str = ""
     stuck: bool = False
+    address: str | None = None
 
 
 @dataclass(frozen=True)

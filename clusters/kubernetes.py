@@ -1,7 +1,7 @@
 """Kubernetes, through a kubeconfig alone: a submission is a RayJob of KubeRay, in the namespace of the runs.
 
-The API is asked from this machine. Run folders are on a volume, which the pod of the reader has: it answers for them
-with this same class, in `FLEETUNE_HOME` there.
+That of a service is a RayService. The API is asked from this machine. Run folders are on a volume, which the pod of
+the reader has: it answers for them with this same class, in `FLEETUNE_HOME` there.
 """
 
 import json
@@ -20,21 +20,28 @@ from clusters.base import (
     Logs,
     Standing,
     SubmissionRefused,
-    SubmittedOtherwise,
     Unreachable,
     look_at,
-    number_of_submission,
-    run_of_submission,
     submission_name,
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.kubernetes_answers import goes_on, runs_now
+from clusters.kubernetes_answers import goes_on, is_rayservice, runs_now
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
 from clusters.kubernetes_keeper import ask_folders, note_try_in, submit_again
 from clusters.kubernetes_look import OUR_OBJECTS, statuses_of
 from clusters.kubernetes_nodes import capacity_of_nodes, nodes_of
+from clusters.kubernetes_submissions import (
+    Submitted,
+    check_ours,
+    check_same,
+    manifest_of,
+    newest_of,
+    raised_for,
+    submission_in,
+    submissions_of_run,
+)
 from clusters.pod_link import PodLink
 from clusters.pod_starts import is_pod
 from clusters.remote.code import installed_code
@@ -43,18 +50,13 @@ from clusters.remote.lock import installed_lock
 from clusters.remote.machine import FarMachine
 from clusters.remote.site import RemoteSite
 from clusters.run_files import joined_logs
-from k8s.planned import RUN_LABEL, PlannedPods
-from k8s.rayjob import digest_noted, rayjob
-from k8s.rayservice import rayservice
+from k8s.planned import PlannedPods
 from k8s.text import manifest_in, manifest_text
 from runfolder.evaluation_job import AnyJob
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
-_SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
-
-RayJob = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,11 @@ class Kubernetes:
         name = submission_name(run_id, submission)
         run_dir = str(self.home / "runs" / run_id)
         python = [self.config.python or "python", "-P", "-m"]
-        is_service = isinstance(job, ServiceSpec)
+        serves = isinstance(job, ServiceSpec)
+        if serves and job.resources.walltime:
+            raise SubmissionRefused(
+                "resources.walltime: allowed for a service on Kubernetes: none, it lasts until cancelled"
+            )
         nodes = job.resources.fewest_nodes
         grace_s = job.resources.grace
         pods = PlannedPods(
@@ -104,7 +110,7 @@ class Kubernetes:
             grace_s=grace_s,
             environment=self._variables(job),
             entrypoint=[*python, "clusters.pod_job", run_dir, name, str(nodes)],
-            leaving=["true"] if is_service else [*python, "clusters.pod_leaving", run_dir, str(grace_s)],
+            leaving=["true"] if serves else [*python, "clusters.pod_leaving", run_dir, str(grace_s)],
             ray_version=locked_ray(),
         )
         try:
@@ -114,22 +120,22 @@ class Kubernetes:
         return ClusterRequest(run_id, submission, run_dir, text, secrets)
 
     def forecast(self, request: ClusterRequest) -> float | None:
-        """None: no start is known. Raises SubmissionRefused, in the server's words, where it takes no such RayJob."""
+        """None: no start is known. Raises SubmissionRefused, in the server's words, where it takes no such object."""
         try:
-            self.api.create(rayjob_in(request.text), is_trial=True)
+            self.api.create(manifest_in(request.text), is_trial=True)
         except Rejected as rejected:
             if rejected.status != 409:
-                raise _raised_for(rejected) from None
+                raise raised_for(rejected) from None
         return None
 
     def submit(self, request: ClusterRequest) -> None:
-        """Have the RayJob made, unless the submission has one, or the run goes on by an earlier one.
+        """Have the RayJob or RayService made, unless the submission has one, or the run goes on by an earlier one.
 
         Raises Unreachable where it is not known to be made, and SubmissionRefused where the server does not take it,
-        or has another RayJob of that name.
+        or has another one of that name.
         """
-        manifest = rayjob_in(request.text)
-        for existing in self._rayjobs_of(request.run_id):
+        manifest = manifest_in(request.text)
+        for existing in submissions_of_run(self.api, request.run_id):
             if existing["metadata"]["name"] == request.name:
                 return check_same(existing, manifest)
             if goes_on(existing):
@@ -138,36 +144,27 @@ class Kubernetes:
         try:
             self.api.create(manifest)
         except Rejected as rejected:
-            made = self.api.rayjob(request.name)  # a quota may be used up by this very submission
+            made = self.api.found(manifest["kind"], request.name)  # a quota may be used up by this very submission
             if made is None:
-                raise _raised_for(rejected) from None
+                raise raised_for(rejected) from None
             check_same(made, manifest)
         return None
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
-        """The state of each run, by one list of RayJobs: its newest one's.
+        """The state of each run, by one list of RayJobs, or of RayServices where it has none: its newest one's.
 
-        Why one waits is looked for further (kubernetes_look.py). An open run that no RayJob carries is submitted
-        again (kubernetes_keeper.py).
+        Why one waits is looked for further (kubernetes_look.py). An open run that nothing carries is submitted again
+        (kubernetes_keeper.py).
         """
-        wanted = self.newest_rayjobs(run_ids)
+        wanted = self.newest_submissions(run_ids)
         statuses = statuses_of(self.api, self.config, wanted)
         with suppress(Unreachable):  # what the API says is known
             statuses |= submit_again(self, wanted)
         return statuses
 
-    def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
-        """The RayJob of each run's newest submission, None where there is none, by one list."""
-        wanted = [*run_ids]
-        newest: dict[str, RayJob] = {}
-        rayjobs = self._rayjobs_of(wanted[0]) if len(wanted) == 1 else submissions(self.api.rayjobs(OUR_OBJECTS))
-        for candidate in rayjobs:
-            labels = candidate["metadata"]["labels"]
-            run_id = labels.get(RUN_LABEL, "")
-            earlier = newest.get(run_id)
-            if earlier is None or _submission_in(candidate) > _submission_in(earlier):
-                newest[run_id] = candidate
-        return {run_id: newest.get(run_id) for run_id in wanted}
+    def newest_submissions(self, run_ids: Iterable[str]) -> dict[str, Submitted | None]:
+        """The RayJob or RayService of each run's newest submission, None where there is none."""
+        return newest_of(self.api, [*run_ids])
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the volume."""
@@ -180,13 +177,16 @@ class Kubernetes:
         return joined_logs((self.home / "kubernetes").glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
-        """Remove the run's RayJobs that do not run yet, and close it where no controller runs that would."""
+        """Remove the run's RayJobs that do not run yet, and close it where no controller runs that would.
+
+        A RayService has no controller: it is removed whatever it does.
+        """
         if is_pod():
             return close_cancelled(self.home / "runs" / run_id)
-        for found in self._rayjobs_of(run_id):
-            if goes_on(found) and not runs_now(found):
+        for found in submissions_of_run(self.api, run_id):
+            if goes_on(found) and (is_rayservice(found) or not runs_now(found)):
                 self.api.delete(found)
-        if not any(map(runs_now, self._rayjobs_of(run_id))):  # one may have started meanwhile
+        if not any(map(runs_now, submissions_of_run(self.api, run_id))):  # one may have started meanwhile
             self._reader.ask({"verb": "cancel", "run_id": run_id})
         return None
 
@@ -212,14 +212,10 @@ class Kubernetes:
         return FarSide(FarMachine(name, link, config, installed_code(), installed_lock()))
 
     def _next_submission(self, run_id: str) -> int:
-        """The number after those of the run's RayJobs that are there, and of those that have started it before."""
+        """The number after those of the run's submissions that are there, and that have started it before."""
         started: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
-        numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
+        numbers = [submission_in(found) for found in submissions_of_run(self.api, run_id)]
         return 1 + max([started, *numbers])
-
-    def _rayjobs_of(self, run_id: str) -> list[RayJob]:
-        """The RayJobs of a run that are still there."""
-        return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
 
     def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
@@ -237,64 +233,9 @@ class Kubernetes:
         return variables
 
 
-def manifest_of(spec: AnyJob, pods: PlannedPods, config: KubernetesConfig, run_dir: str) -> dict[str, Any]:
-    """A RayJob for what trains, and a RayService for what serves; raises ValueError."""
-    if not isinstance(spec, ServiceSpec):
-        return rayjob(pods, config)
-    arguments = spec.dump() | {"engines": pods.workers_per_node, "usage": f"{run_dir}/usage"}
-    return rayservice(pods, config, arguments)
-
-
-def rayjob_in(text: str) -> RayJob:
-    """The RayJob in the text of a request; raises SubmissionRefused for a RayService, which is nobody's run here."""
-    manifest = manifest_in(text)
-    if manifest["kind"] != "RayJob":
-        raise SubmissionRefused("a service is not submitted to Kubernetes yet; apply what --dry-run prints")
-    return manifest
-
-
 @cache
 def locked_ray() -> str:
     """The version of Ray that runs have."""
     pinned = re.search(r"^ray==(\S+)", installed_lock().constraints, re.MULTILINE)
     assert pinned
     return pinned[1]
-
-
-def submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
-    """Those of some RayJobs that have the name of a submission."""
-    return [found for found in rayjobs if _SUBMISSION.fullmatch(found["metadata"]["name"])]
-
-
-def _submission_in(found: RayJob) -> int:
-    """The number of a RayJob among the submissions of its run."""
-    return number_of_submission(found["metadata"]["name"])
-
-
-def check_ours(existing: RayJob, manifest: RayJob) -> None:
-    """Raise SubmissionRefused for an object that is none of this run, and so is somebody else's."""
-    name = existing["metadata"]["name"]
-    run_id = manifest["metadata"]["labels"][RUN_LABEL]
-    if existing["metadata"].get("labels", {}).get(RUN_LABEL) != run_id or not digest_noted(existing):
-        raise SubmissionRefused(
-            f"RayJob {name} is there already, and is not of run {run_id}: somebody else has made it"
-        )
-
-
-def check_same(existing: RayJob, manifest: RayJob) -> None:
-    """Raise SubmissionRefused for an object that is not this submission, though it has its name."""
-    check_ours(existing, manifest)
-    if digest_noted(existing) != digest_noted(manifest):
-        name = existing["metadata"]["name"]
-        why = "it was made by another version of Fleetune or of the clusters file"
-        todo = f"look at it: fleetune status {run_of_submission(name)}"
-        raise SubmittedOtherwise(f"RayJob {name} is there already, and not as this would make it: {why}; {todo}")
-
-
-def _raised_for(rejected: Rejected) -> Exception:
-    """What to raise for what a server refused: that nobody knows, where a try before may have been taken."""
-    if not rejected.is_first:
-        return rejected
-    if rejected.status == 404:
-        return Unreachable(f"{rejected}: are KubeRay and the namespace there? see: fleetune doctor --cluster NAME")
-    return SubmissionRefused(f"Kubernetes does not take this job: {rejected.message}")

@@ -1,4 +1,7 @@
-"""What Kubernetes says of a run, in words: from its RayJob, the pods of that, and Kueue."""
+"""What Kubernetes says of a run, in words: from its RayJob, the pods of that, and Kueue.
+
+What it says of a RayService is in kubernetes_services.py.
+"""
 
 from collections.abc import Iterable
 
@@ -29,9 +32,25 @@ def goes_on(rayjob: Answered) -> bool:
     return not is_removed and _deployment(rayjob) not in _OVER
 
 
-def runs_now(rayjob: Answered) -> bool:
-    """Whether all pods of a RayJob have been ready, and KubeRay hands its entrypoint to Ray, or has."""
-    return goes_on(rayjob) and _deployment(rayjob) == "Running"
+def runs_now(found: Answered) -> bool:
+    """Whether all pods of a RayJob have been ready, and it is handed to Ray, or has been; or a RayService answers."""
+    return goes_on(found) and (_deployment(found) == "Running" or serves(found))
+
+
+def is_rayservice(found: Answered) -> bool:
+    """Whether what carries a run is a RayService."""
+    return bool(found["kind"] == "RayService")
+
+
+def serves(found: Answered) -> bool:
+    """Whether KubeRay says of a RayService that it takes requests."""
+    conditions = (found.get("status") or {}).get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
+def title_of(found: Answered) -> str:
+    """What a RayJob or a RayService is called in a message."""
+    return f"{found['kind']} {found['metadata']['name']}"
 
 
 def is_suspended(rayjob: Answered) -> bool:
@@ -61,7 +80,10 @@ def status_of(rayjob: Answered, pods: Iterable[Answered], queue: QueueView | Non
         return queue.status(name)
     if not deployment:
         return ClusterStatus("queued", f"RayJob {name}: KubeRay's operator has not taken it up yet")
-    return _starting(rayjob, list(pods))
+    labels = rayjob["metadata"].get("labels", {})
+    never = f"; {_NO_GANG}" if GANG_LABEL in labels else ""
+    ray_cluster = rayjob["status"].get("rayClusterStatus") or {}
+    return starting_status(title_of(rayjob), ray_cluster, pods, never)
 
 
 def _deployment(rayjob: Answered) -> str:
@@ -82,25 +104,23 @@ def _ended(rayjob: Answered) -> ClusterStatus:
     return ClusterStatus("unknown", f"RayJob {name} failed ({words}); fleetune resume submits it again")
 
 
-def _starting(rayjob: Answered, pods: list[Answered]) -> ClusterStatus:
-    """The status of a run whose pods are not all there: queued where one has no node, else starting."""
-    name = rayjob["metadata"]["name"]
-    pods = _without_leaving(pods)
-    ray_cluster = rayjob["status"].get("rayClusterStatus") or {}
-    if not pods:
-        labels = rayjob["metadata"].get("labels", {})
-        never = f"; {_NO_GANG}" if GANG_LABEL in labels else ""
-        reason = f"RayJob {name}: {_NO_PODS}{never}"
-        return _why_no_pod(ray_cluster) or ClusterStatus("queued", reason)
-    obstacle = _why_no_pod(ray_cluster) or _why_ended(pods) or _why_no_node(name, pods) or _why_stuck(pods)
+def starting_status(title: str, ray_cluster: Answered, pods: Iterable[Answered], never: str = "") -> ClusterStatus:
+    """The status of a run whose pods are not all there: queued where one has no node, else starting.
+
+    `title` is what carries it, `never` why there may be no pods for ever.
+    """
+    staying = _without_leaving(pods)
+    if not staying:
+        return _why_no_pod(ray_cluster) or ClusterStatus("queued", f"{title}: {_NO_PODS}{never}")
+    obstacle = _why_no_pod(ray_cluster) or _why_ended(staying) or _why_no_node(title, staying) or _why_stuck(staying)
     if obstacle:
         return obstacle
-    ready = sum(_is_ready(pod) for pod in pods)
-    waits = _init_container(pods)
-    return ClusterStatus("starting", f"RayJob {name}: {ready} of {len(pods)} pods are ready{waits}")
+    ready = sum(_is_ready(pod) for pod in staying)
+    waits = _init_container(staying)
+    return ClusterStatus("starting", f"{title}: {ready} of {len(staying)} pods are ready{waits}")
 
 
-def _without_leaving(pods: list[Answered]) -> list[Answered]:
+def _without_leaving(pods: Iterable[Answered]) -> list[Answered]:
     """The pods that nobody has told to end."""
     staying = []
     for pod in pods:
@@ -123,7 +143,7 @@ def _why_no_pod(ray_cluster: Answered) -> ClusterStatus | None:
     return None
 
 
-def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
+def _why_no_node(title: str, pods: list[Answered]) -> ClusterStatus | None:
     """The status of a run of which a pod has no node, in the scheduler's words; None where all have one."""
     for pod in pods:
         for condition in pod["status"].get("conditions", []):
@@ -131,7 +151,7 @@ def _why_no_node(name: str, pods: list[Answered]) -> ClusterStatus | None:
                 return ClusterStatus("queued", str(condition.get("message") or _NO_NODES))
     if all(pod["spec"].get("nodeName") for pod in pods):
         return None
-    return ClusterStatus("queued", f"RayJob {name}: {_NO_NODES}")
+    return ClusterStatus("queued", f"{title}: {_NO_NODES}")
 
 
 def _of_its_cluster(rayjob: Answered, pods: Iterable[Answered]) -> list[Answered]:

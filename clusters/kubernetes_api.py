@@ -26,6 +26,7 @@ _API_CONNECT_S = 5.0
 _ANSWER_OF_API_S = 30.0
 _PAGE = 250  # objects of a list in one answer
 JSON = {"Accept": "application/json", "Content-Type": "application/json"}
+_PLURALS = {"RayJob": "rayjobs", "RayService": "rayservices"}  # by kind
 _LIMITS = {"_request_timeout": (_API_CONNECT_S, _ANSWER_OF_API_S)}
 
 ApiObject = dict[str, Any]
@@ -51,14 +52,15 @@ class KubernetesApi:
 
     context: str | None
     namespace: str
-    _group: dict[str, str] = field(default_factory=lambda: {"group": "ray.io", "version": "v1", "plural": "rayjobs"})
+    _group: dict[str, str] = field(default_factory=lambda: {"group": "ray.io", "version": "v1"})
 
     def create(self, manifest: ApiObject, is_trial: bool = False) -> None:
-        """Have a RayJob made; a trial changes nothing. Raises Rejected, also where the name is taken (409)."""
+        """Have an object of KubeRay's made; a trial changes nothing. Raises Rejected, also for a taken name (409)."""
         options = {"dry_run": "All"} if is_trial else {}
         self._ask(
             lambda: self._custom.create_namespaced_custom_object(
                 **self._group,
+                plural=_PLURALS[manifest["kind"]],
                 namespace=self.namespace,
                 body=manifest,
                 field_validation="Strict",
@@ -67,12 +69,13 @@ class KubernetesApi:
             )
         )
 
-    def rayjob(self, name: str) -> ApiObject | None:
-        """The RayJob of a name; None where there is none."""
+    def found(self, kind: str, name: str) -> ApiObject | None:
+        """The object of a kind and a name; None where there is none."""
+        plural = _PLURALS[kind]
         try:
             found: ApiObject = self._ask(
                 lambda: self._custom.get_namespaced_custom_object(
-                    **self._group, namespace=self.namespace, name=name, **_LIMITS
+                    **self._group, plural=plural, namespace=self.namespace, name=name, **_LIMITS
                 )
             )
         except Rejected as rejected:
@@ -81,24 +84,32 @@ class KubernetesApi:
             return None
         return found
 
-    def delete(self, rayjob: ApiObject) -> None:
-        """Remove a RayJob, which is no other one of its name; one that is gone is removed."""
-        metadata = rayjob["metadata"]
+    def delete(self, found: ApiObject) -> None:
+        """Remove an object of KubeRay's, which is no other one of its name; one that is gone is removed."""
+        metadata = found["metadata"]
+        plural = _PLURALS[found["kind"]]
         body = self._models.V1DeleteOptions(preconditions={"uid": metadata["uid"]}, propagation_policy="Background")
         try:
             self._ask(
                 lambda: self._custom.delete_namespaced_custom_object(
-                    **self._group, namespace=self.namespace, name=metadata["name"], body=body, **_LIMITS
+                    **self._group,
+                    plural=plural,
+                    namespace=self.namespace,
+                    name=metadata["name"],
+                    body=body,
+                    **_LIMITS,
                 )
             )
         except Rejected as rejected:
             if rejected.status not in (404, 409):
                 raise
 
-    def rayjobs(self, selector: str) -> list[ApiObject]:
-        """The RayJobs with these labels."""
-        path = f"/apis/{self._group['group']}/{self._group['version']}/namespaces/{self.namespace}/rayjobs"
-        return self._all_pages(path, {"labelSelector": selector})
+    def listed(self, kind: str, selector: str) -> list[ApiObject]:
+        """The objects of a kind of KubeRay's with these labels."""
+        plural = _PLURALS[kind]
+        path = f"/apis/{self._group['group']}/{self._group['version']}/namespaces/{self.namespace}/{plural}"
+        found = self._all_pages(path, {"labelSelector": selector})
+        return [{"kind": kind, **each} for each in found]  # a list need not say it of each
 
     def request(
         self,

@@ -1,9 +1,9 @@
 """Runs that are open while no RayJob carries them: whoever looks makes the next submission, `<run_id>-s<n+1>`.
 
-KubeRay gives a RayJob up that has used its retries, or whose head it could not reach for long, and somebody may
-delete one. Two who make the next submission make one, as its name is taken then; and of two starts of a run the later
-one works. A submission that was broken off before it was tried is left to who did that, and a run that is to end is
-closed.
+A service is carried by a RayService; what is said of RayJobs is true of that, too. KubeRay gives a RayJob up that
+has used its retries, or whose head it could not reach for long, and somebody may delete one. Two who make the next
+submission make one, as its name is taken then; and of two starts of a run the later one works. A submission that was
+broken off before it was tried is left to who did that, and a run that is to end is closed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,6 +17,7 @@ from k8s.rayjob import digest_noted
 from k8s.text import manifest_in
 from runfolder.files import Damaged
 from runfolder.record import job_in
+from runfolder.service import ServiceSpec
 from runfolder.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _FRUITLESS = 3  # submissions more than the run has attempts: then somebody has to look
 _LOST_S = 600.0  # since its submission, until a run without a RayJob is lost; its client may be about to make that
-_BROKEN_OFF = "nobody has tried to make a RayJob of it; fleetune resume submits it, fleetune cancel gives it up"
+_BROKEN_OFF = "nobody has tried to submit it; fleetune resume does, fleetune cancel gives it up"
 
 
 def submit_again(cluster: "Kubernetes", newest: Mapping[str, Any]) -> dict[str, ClusterStatus]:
@@ -106,17 +107,20 @@ def _submit(cluster: "Kubernetes", run_id: str, earlier: Tried, is_gone: bool) -
     number = None if is_gone else earlier.number + 1
     name = "its next submission"
     what = "is gone" if is_gone else "has ended"
+    kind = "RayJob"
     try:
         job = job_in(cluster.site.record(run_id), f"run {run_id}: job.yaml")
+        if isinstance(job, ServiceSpec):
+            kind = "RayService"
         if earlier.digest != digest_in(cluster.request(job, run_id, earlier.number)):
             why = "it was submitted by another version of Fleetune or of the clusters file"
-            return ClusterStatus("unknown", f"its RayJob {what}, and {why}; fleetune resume submits it again")
+            return ClusterStatus("unknown", f"its {kind} {what}, and {why}; fleetune resume submits it again")
         request = cluster.request(job, run_id, number)
         name = request.name
         cluster.submit(request)
     except (Damaged, SubmissionRefused, Unreachable) as error:
-        return ClusterStatus("unknown", f"its RayJob {what}, and {name} was not submitted: {error}")
-    return ClusterStatus("queued", f"its RayJob {what}, and it was submitted again: RayJob {name}")
+        return ClusterStatus("unknown", f"its {kind} {what}, and {name} was not submitted: {error}")
+    return ClusterStatus("queued", f"its {kind} {what}, and it was submitted again: {kind} {name}")
 
 
 def _close(cluster: "Kubernetes", run_id: str) -> ClusterStatus:

@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from clusters.base import number_of_submission
-from clusters.kubernetes import Kubernetes, submissions
-from clusters.kubernetes_answers import goes_on, runs_now
+from clusters.kubernetes import Kubernetes
+from clusters.kubernetes_answers import goes_on, is_rayservice, runs_now, title_of
 from clusters.kubernetes_look import OUR_OBJECTS
+from clusters.kubernetes_submissions import all_submissions
 from clusters.kueue import Answered
 from clusters.remote.leftovers import HomeLeftover
 from k8s.planned import CLUSTER_LABEL, RUN_LABEL
@@ -34,7 +35,7 @@ class Leftover:
 def leftovers_of(cluster: Kubernetes) -> list[Leftover]:
     """All that is left over on a cluster. Raises Unreachable, and nothing is known then."""
     pods = cluster.api.pods(OUR_OBJECTS)  # before their RayJobs: those of a pod are listed after it
-    rayjobs = submissions(cluster.api.rayjobs(OUR_OBJECTS))
+    rayjobs = all_submissions(cluster.api)
     run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids)
     found = [*_rayjobs(rayjobs, snapshots), *_without_rayjob(cluster, pods, rayjobs)]
@@ -68,7 +69,7 @@ def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> l
     Gives their names. Raises Unreachable; repeating it is safe.
     """
     removed = []
-    rayjobs = submissions(cluster.api.rayjobs(OUR_OBJECTS))
+    rayjobs = all_submissions(cluster.api)
     for leftover in _rayjobs(rayjobs, snapshots):
         found = leftover.rayjob
         if found and not goes_on(found) and _ended_days_ago(found) > cluster.config.keep_finished:
@@ -79,7 +80,8 @@ def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> l
 
 def _ended_days_ago(rayjob: Answered) -> float:
     """For how many days a RayJob has been over, by the server's own times."""
-    ended = rayjob["status"].get("endTime") or rayjob["metadata"]["creationTimestamp"]
+    status = rayjob.get("status") or {}
+    ended = status.get("endTime") or rayjob["metadata"]["creationTimestamp"]
     age = datetime.now(UTC) - datetime.fromisoformat(ended)
     return age / timedelta(days=1)
 
@@ -95,16 +97,18 @@ def _rayjobs(rayjobs: Iterable[Answered], snapshots: Mapping[str, Snapshot]) -> 
         newest[run_id] = max(number, newest.get(run_id, 0))
         by_number.append((run_id, number, rayjob))
     for run_id, number, rayjob in by_number:
+        if is_rayservice(rayjob) and not goes_on(rayjob):
+            continue  # somebody has removed it already
         run = snapshots.get(run_id)
-        if run is None or run.damaged or runs_now(rayjob):
+        if run is None or run.damaged or (runs_now(rayjob) and not is_rayservice(rayjob)):
             continue  # what nobody can read says nothing, and who runs sees for itself that its run has ended
         why = ""
         if run.result is not None:
-            why = "its run has ended, and it waits still" if goes_on(rayjob) else "its run has ended"
+            why = "its run has ended, and it goes on" if goes_on(rayjob) else "its run has ended"
         elif number < newest[run_id] and not goes_on(rayjob):
             why = "its run goes on by a later one"
         if why:
-            yield Leftover(f"RayJob {rayjob['metadata']['name']}", why, rayjob=rayjob)
+            yield Leftover(title_of(rayjob), why, rayjob=rayjob)
 
 
 def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iterable[Answered]) -> Iterator[Leftover]:

@@ -1,4 +1,4 @@
-"""One look at the runs of a namespace: their RayJobs, and as far as those say too little, pods, Kueue and events."""
+"""One look at the runs of a namespace: what carries them, and where that says too little, pods, Kueue and events."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -6,10 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from clusters.base import ClusterStatus
-from clusters.kubernetes_answers import goes_on, is_suspended, runs_now, status_of
+from clusters.kubernetes_answers import goes_on, is_rayservice, is_suspended, runs_now, status_of
 from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.kubernetes_events import newest_warning, warnings_in
+from clusters.kubernetes_services import service_status
 from clusters.kueue import Answered, QueueView, look_at_queue
 from k8s.planned import QUEUE_LABEL, RUN_LABEL
 
@@ -21,7 +22,7 @@ Newest = Mapping[str, dict[str, Any] | None]
 
 
 def statuses_of(api: KubernetesApi, config: KubernetesConfig, newest: Newest) -> dict[str, ClusterStatus]:
-    """The status of each run by its newest RayJob. Raises Unreachable.
+    """The status of each run by its newest RayJob or RayService. Raises Unreachable.
 
     Pods are listed where some wait, or few run; Kueue is asked where it holds some back, and warnings are where some
     start for long and their pods do not say why.
@@ -36,12 +37,12 @@ def statuses_of(api: KubernetesApi, config: KubernetesConfig, newest: Newest) ->
     silent = {}
     for run_id, rayjob in newest.items():
         if rayjob is None:
-            why = f"namespace {config.namespace} has no RayJob of it; fleetune resume submits it again"
+            why = f"namespace {config.namespace} has no RayJob or RayService of it; fleetune resume submits it again"
             statuses[run_id] = ClusterStatus("unknown", why)
             continue
         queue = queues.get(_queue_of(rayjob, config))
         of_run = pods.get(run_id, [])
-        status = status_of(rayjob, of_run, queue)
+        status = service_status(rayjob, of_run) if is_rayservice(rayjob) else status_of(rayjob, of_run, queue)
         statuses[run_id] = status
         if _starts_for_long(rayjob) and not status.stuck:
             silent[run_id] = str(rayjob["metadata"]["name"])

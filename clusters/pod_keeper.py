@@ -30,7 +30,7 @@ def main(text: str) -> None:
     run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids)
     still_open = [run_id for run_id, run in snapshots.items() if run.result is None]
-    newest = cluster.newest_rayjobs(still_open)
+    newest = cluster.newest_submissions(still_open)
     statuses = submit_again(cluster, newest)
     for run_id, status in statuses.items():
         print(f"{run_id}: {status.reason}", flush=True)

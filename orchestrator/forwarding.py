@@ -3,6 +3,7 @@
 import shlex
 
 from clusters.config import SshLink
+from clusters.kubernetes_config import KubernetesConfig
 from orchestrator.backends import config_of
 from orchestrator.errors import InputError
 
@@ -12,14 +13,28 @@ LAPTOP_PORT = 8000
 def forwarding(cluster: str, address: str) -> str:
     """The command that brings a service's address to this machine's port 8000; its own one where none is needed.
 
-    The login node reaches what its nodes listen on, and OpenSSH brings it here.
+    The login node reaches what its nodes listen on, and OpenSSH brings it here. What only a Kubernetes cluster
+    reaches, kubectl does.
     """
     try:
         config = config_of(cluster)
     except InputError:  # the cluster of this machine, or one that the clusters file has no more
         return address
+    place = address.removeprefix("http://")
+    then = f"    # then http://127.0.0.1:{LAPTOP_PORT}"
+    if isinstance(config, KubernetesConfig):
+        return _kubectl(config, place) + then
     if not isinstance(config.link, SshLink):
         return address
-    place = address.removeprefix("http://")
     destination = shlex.quote(config.link.ssh)
-    return f"ssh -N -L {LAPTOP_PORT}:{place} {destination}    # then http://127.0.0.1:{LAPTOP_PORT}"
+    return f"ssh -N -L {LAPTOP_PORT}:{place} {destination}{then}"
+
+
+def _kubectl(config: KubernetesConfig, place: str) -> str:
+    """How kubectl brings the Service of a place NAME.NAMESPACE.svc:PORT here."""
+    host, _, port = place.partition(":")
+    name = host.partition(".")[0]
+    words = ["kubectl", "-n", config.namespace, "port-forward", f"service/{name}", f"{LAPTOP_PORT}:{port}"]
+    if config.context:
+        words[1:1] = ["--context", config.context]
+    return shlex.join(words)

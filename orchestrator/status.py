@@ -159,7 +159,7 @@ def join_status(standing: Standing) -> Status:
         remaining_range_s=within,
         activity=_current_activity(run, state),
         loading=run.loading,
-        address=run.address,
+        address=run.address or on_cluster.address,
     )
 
 
@@ -202,6 +202,8 @@ def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunStat
         return "unknown", reason or "the run has ended, and its result is not there yet"
     reasons.append(run.asked)
     reason = "; ".join(filter(None, reasons))
+    if on_cluster.address:
+        return "running", reason
     if run.attempt == 0:
         if on_cluster.state == "queued":
             return "queued", reason

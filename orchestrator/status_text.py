@@ -29,7 +29,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
     if not run.submitted:
         return  # its folder cannot be read
     yield "submitted", _local_time(run.submitted)
-    yield "attempt", _attempt(run)
+    if run.attempt or not run.address:  # a RayService makes none
+        yield "attempt", _attempt(run)
     if not run.address:  # a service takes no steps
         yield "progress", _progress(run)
     if run.activity:

@@ -108,11 +108,11 @@ def start_replicas(base: str, sizes: dict[str, int], count: int, gpus: float) ->
         health_check_period_s=1,
         graceful_shutdown_timeout_s=1,
     )
-    handles: list[Any] = []
+    targets = []
     for number in range(count):
         application = deployment.options(name=f"engine-{number}").bind(base, sizes)
-        handle = serve.run(application, name=f"fleetune-{number}", route_prefix=None)
-        handles.append(handle)
+        targets.append(serve.RunTarget(application, name=f"fleetune-{number}", route_prefix=None))
+    handles: list[Any] = serve.run_many(targets)  # all of them load the base at once
     return handles
 
 

@@ -1,7 +1,8 @@
 """A small API server of Kubernetes with state, after what a real one answered, and with faults that a test chooses.
 
-It has RayJobs (ray.io/v1) with schema, pruning, strict validation, quota and access rules; pods, nodes and workloads
-are there to be listed. It answers each request of `recorded_answers.json` as kube-apiserver 1.36 did.
+It has RayJobs and RayServices (ray.io/v1) with schema, pruning, strict validation, quota and access rules; pods,
+nodes and workloads are there to be listed. It answers each request of `recorded_answers.json` as kube-apiserver 1.36
+did.
 """
 
 import json
@@ -24,9 +25,9 @@ from object_rules import Status, admit, exceeded_quota, without_unknown
 Stored = dict[str, Any]
 Query = dict[str, str]
 COLLECTIONS = {
-    "/apis/ray.io/v1": "rayjobs",
-    "/apis/kueue.x-k8s.io/v1beta1": "workloads",
-    "/api/v1": "pods",
+    "/apis/ray.io/v1": ("rayjobs", "rayservices"),
+    "/apis/kueue.x-k8s.io/v1beta1": ("workloads",),
+    "/api/v1": ("pods",),
 }
 FAULTS = ("cut before", "cut after", "late", "500 before", "500 after", "429", "503")
 
@@ -83,7 +84,7 @@ class Cluster:
         before, _, rest = path.partition("/namespaces/")
         namespace, _, place = rest.partition("/")
         collection, _, name = place.partition("/")
-        if COLLECTIONS.get(before) != collection:
+        if collection not in COLLECTIONS.get(before, ()):
             return 404, "404 page not found\n"
         group = before.split("/")[2] if before.startswith("/apis/") else ""
         verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[method]
@@ -137,9 +138,9 @@ class Cluster:
         admit(body, is_strict)
         name = body["metadata"]["name"]
         if self.quota is not None and sum(kind == collection for kind, _ in self.objects) >= self.quota:
-            raise exceeded_quota(name, self.quota)
+            raise exceeded_quota(collection, name, self.quota)
         if (collection, name) in self.objects:
-            raise Status(409, "AlreadyExists", f'rayjobs.ray.io "{name}" already exists')
+            raise Status(409, "AlreadyExists", f'{collection}.ray.io "{name}" already exists')
         self.version += 1
         metadata = {
             **body["metadata"],
@@ -148,7 +149,7 @@ class Cluster:
             "generation": 1,
             "creationTimestamp": "2026-11-22T02:50:53Z",
         }
-        stored = {**without_unknown(body, plain_schema()), "metadata": metadata}
+        stored = {**without_unknown(body, plain_schema(body["kind"])), "metadata": metadata}
         if query.get("dryRun") != "All":
             self.objects[collection, name] = stored
             self.created.append(name)

@@ -1,5 +1,7 @@
 """What KubeRay's operator 1.7 does with RayJobs in HTTPMode, as its source says, and with real Ray in the pods.
 
+A RayService gets a cluster of Ray, too, which is handed its applications by the dashboard's REST API.
+
 A RayJob gets a cluster of Ray, whose pods are made again when they are lost. Once all are ready its entrypoint is
 handed to Ray's dashboard, which is asked from then on what became of it. A job that failed is tried with a new
 cluster, up to `backoffLimit` times.
@@ -21,6 +23,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import yaml
 from api_server import Cluster, Stored
 from kubelet import Kubelet, Pod, environment_of, image_environment
 from ports import free_port
@@ -44,6 +47,7 @@ class RayCluster:
     dashboard: int = field(default_factory=free_port)
     count: int = 0  # of pods that were ever made
     token: str = field(default_factory=token_urlsafe)  # which its Secret has
+    serves_at: int = field(default_factory=free_port)  # for port 8000 of pods with a network of their own
 
     def pods(self, kubelet: Kubelet) -> list[Pod]:
         """Its pods."""
@@ -72,14 +76,16 @@ class RayCluster:
         ready = [pod for pod in self.pods(kubelet) if pod.is_ready and not pod.is_leaving]
         return len(ready) == sum(wanted.values())
 
-    def ask(self, path: str, body: Any = None) -> Any:
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """What the dashboard answers; raises OSError, which is an HTTPError where it says no."""
         request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {self.token}"})
+        request.method = method
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         with urlopen(request, timeout=_DASHBOARD_S) as answer:
-            return json.load(answer)
+            data = answer.read()
+            return json.loads(data) if data else None
 
     def _pod(self, kind: str, group: Stored, folder: Path) -> Pod:
         template = copy.deepcopy(group["template"])
@@ -167,7 +173,11 @@ class KubeRay:
     def _tick(self) -> None:
         with self.cluster.lock:
             rayjobs = [stored for (kind, _), stored in self.cluster.objects.items() if kind == "rayjobs"]
+            services = [stored for (kind, _), stored in self.cluster.objects.items() if kind == "rayservices"]
         used = set()
+        for service in services:
+            self._keep_service(service)
+            used.add(cluster_of_service(service))
         for rayjob in rayjobs:
             self._reconcile(rayjob)
             used.add(rayjob["status"].get("rayClusterName"))
@@ -211,17 +221,57 @@ class KubeRay:
                 self._clean(rayjob)
         return None
 
-    def _begin(self, rayjob: Stored) -> None:
-        name = f"{rayjob['metadata']['name']}-{_suffix()}"
-        spec = rayjob["spec"]["rayClusterSpec"]
-        job_id = f"{rayjob['metadata']['name']}-{_suffix()}"
-        made = RayCluster(name, spec, job_id)
-        self.ray_clusters[name] = made
-        secret = {"metadata": {"name": name}, "stringData": {"auth_token": made.token}}
+    def _keep_service(self, service: Stored) -> None:
+        """Take a RayService a step further: its cluster, then its applications, then what it says of itself."""
+        name = cluster_of_service(service)
+        cluster = self.ray_clusters.get(name)
+        if "deletionTimestamp" in service["metadata"]:
+            if cluster:
+                return self._delete(name)
+            with self.cluster.lock:
+                del self.cluster.objects["rayservices", service["metadata"]["name"]]
+            return None
+        if cluster is None:
+            name = self._make_cluster(service, service["spec"]["rayClusterConfig"], "").name
+            return self._say(service, "pendingServiceStatus", name, {})
+        if not cluster.reconcile(self.kubelet):
+            return None
+        with suppress(OSError):
+            found = cluster.ask("/api/serve/applications/").get("applications", {})
+            if not found:
+                config = yaml.safe_load(service["spec"]["serveConfigV2"])
+                config["http_options"] = {"host": _HOST, "port": cluster.serves_at}
+                cluster.ask("/api/serve/applications/", config, "PUT")
+            statuses = {each: {"status": app["status"], "message": app["message"]} for each, app in found.items()}
+            runs = bool(found) and all(app["status"] == "RUNNING" for app in found.values())
+            part = "activeServiceStatus" if runs else "pendingServiceStatus"
+            self._say(service, part, name, statuses)
+        return None
+
+    def _say(self, service: Stored, part: str, name: str, statuses: Stored) -> None:
+        """Write into a RayService what its cluster is, and whether it answers."""
+        is_ready = part == "activeServiceStatus"
+        reason = "NonZeroServeEndpoints" if is_ready else "Initializing"
+        condition = {"type": "Ready", "status": str(is_ready), "reason": reason, "message": ""}
+        status = {"conditions": [condition], part: {"rayClusterName": name, "applicationStatuses": statuses}}
         with self.cluster.lock:
-            self.cluster.objects["secrets", name] = secret
-            rayjob["metadata"] = rayjob["metadata"] | {"finalizers": ["ray.io/rayjob-finalizer"]}
-        self._write(rayjob, jobDeploymentStatus="Initializing", rayClusterName=name, jobId=job_id)
+            service["status"] = status
+
+    def _begin(self, rayjob: Stored) -> None:
+        job_id = f"{rayjob['metadata']['name']}-{_suffix()}"
+        made = self._make_cluster(rayjob, rayjob["spec"]["rayClusterSpec"], job_id)
+        self._write(rayjob, jobDeploymentStatus="Initializing", rayClusterName=made.name, jobId=job_id)
+
+    def _make_cluster(self, owner: Stored, spec: Stored, job_id: str) -> RayCluster:
+        """A cluster of Ray, and its Secret, for a RayJob or a RayService."""
+        made = RayCluster(f"{owner['metadata']['name']}-{_suffix()}", spec, job_id)
+        self.ray_clusters[made.name] = made
+        secret = {"metadata": {"name": made.name}, "stringData": {"auth_token": made.token}}
+        finalizer = f"ray.io/{owner['kind'].lower()}-finalizer"
+        with self.cluster.lock:
+            self.cluster.objects["secrets", made.name] = secret
+            owner["metadata"] = owner["metadata"] | {"finalizers": [finalizer]}
+        return made
 
     def _submit(self, rayjob: Stored, cluster: RayCluster) -> None:
         job = {"entrypoint": rayjob["spec"]["entrypoint"], "submission_id": rayjob["status"]["jobId"]}
@@ -274,6 +324,13 @@ class KubeRay:
     def _write(self, rayjob: Stored, **changes: Any) -> None:
         with self.cluster.lock:
             rayjob["status"] = {**rayjob.get("status", {}), **changes}
+
+
+def cluster_of_service(service: Stored) -> str:
+    """The name of the cluster of Ray that a RayService has; empty before there is one."""
+    status = service.get("status") or {}
+    parts = [status.get(part) or {} for part in ("activeServiceStatus", "pendingServiceStatus")]
+    return next((part["rayClusterName"] for part in parts if part), "")
 
 
 def _kind(pod: Pod) -> str:

@@ -22,7 +22,7 @@ class KubernetesPlace:
     """A namespace, whose volume is the folder `root`."""
 
     waits = "0/2 nodes are available: 2 Insufficient"
-    lost = "namespace fleetune has no RayJob of it"
+    lost = "namespace fleetune has no RayJob or RayService of it"
 
     def __init__(self, name: str, root: Path, operator: KubeRay) -> None:
         self.name, self.root = name, root

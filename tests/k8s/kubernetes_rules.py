@@ -9,19 +9,20 @@ from typing import Any
 
 from jsonschema import Draft4Validator
 
-SCHEMA = Path(__file__).with_name("rayjob_schema.json.gz")  # ray.io/v1 RayJob of KubeRay 1.7, as its CRD has it
+FOLDER = Path(__file__).parent  # of the schemas of ray.io/v1 in KubeRay 1.7, as its CRDs have them
 
 
 @cache
-def plain_schema() -> Any:
-    """The schema of a RayJob, with what may be a number or a text said in the words of JSON Schema."""
-    return worded(json.loads(gzip.decompress(SCHEMA.read_bytes())))
+def plain_schema(kind: str = "RayJob") -> Any:
+    """The schema of a kind, with what may be a number or a text said in the words of JSON Schema."""
+    packed = FOLDER / f"{kind.lower()}_schema.json.gz"
+    return worded(json.loads(gzip.decompress(packed.read_bytes())))
 
 
 @cache
-def rayjob_validator() -> Draft4Validator:
+def validator_of(kind: str) -> Draft4Validator:
     """What the API server checks with strict validation: types, required fields, and that all fields are known."""
-    return Draft4Validator(strict(plain_schema()))
+    return Draft4Validator(strict(plain_schema(kind)))
 
 
 def worded(schema: Any) -> Any:
@@ -54,7 +55,9 @@ def schema_errors(manifest: Mapping[str, Any]) -> list[str]:
     """What strict validation would refuse, a line for each. `metadata` has a schema of its own in every server."""
     plain = json.loads(json.dumps(manifest))
     plain["metadata"] = {}
-    return [f"{error.json_path}: {error.message[:200]}" for error in rayjob_validator().iter_errors(plain)]
+    return [
+        f"{error.json_path}: {error.message[:200]}" for error in validator_of(manifest["kind"]).iter_errors(plain)
+    ]
 
 
 def expanded(text: str, variables: Mapping[str, str]) -> str:

@@ -42,18 +42,19 @@ class Status(Exception):
 
 
 def admit(body: Mapping[str, Any], is_strict: bool) -> None:
-    """Raise Status for a RayJob that is not taken."""
+    """Raise Status for a RayJob or a RayService that is not taken."""
     name = body["metadata"].get("name", "")
+    kind = body["kind"]
     if is_strict:
-        unknown = sorted(unknown_fields(body, plain_schema()))
+        unknown = sorted(unknown_fields(body, plain_schema(kind)))
         if unknown:
             words = ", ".join(f'unknown field "{path}"' for path in unknown)
             raise Status(
                 400,
                 "BadRequest",
-                f'RayJob in version "v1" cannot be handled as a RayJob: strict decoding error: {words}',
+                f'{kind} in version "v1" cannot be handled as a {kind}: strict decoding error: {words}',
             )
-    invalid = f'RayJob.ray.io "{name}" is invalid: '
+    invalid = f'{kind}.ray.io "{name}" is invalid: '
     if not NAME.fullmatch(name) or len(name) > 253:
         words = f'metadata.name: Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case'
         raise Status(422, "Invalid", invalid + words, (("FieldValueInvalid", "metadata.name"),))
@@ -62,26 +63,26 @@ def admit(body: Mapping[str, Any], is_strict: bool) -> None:
             words = f'metadata.labels: Invalid value: "{value}": must be no more than 63 bytes'
             raise Status(422, "Invalid", invalid + words, (("FieldValueInvalid", "metadata.labels"),))
     text = json.dumps({**body, "metadata": {}})
-    twice = first_duplicate(text)
+    twice = first_duplicate(text, kind)
     if twice:
         path, key = twice
         words = f"{invalid}{path}: Duplicate value: {json.dumps(key)}"
         raise Status(422, "Invalid", words, (("FieldValueDuplicate", path),))
-    problem = first_problem(text)
+    problem = first_problem(text, kind)
     if problem is not None:
         raise broken_schema(invalid, problem)
 
 
 @cache
-def first_problem(text: str) -> Any:
-    """What the schema of a RayJob first finds in the JSON of one; None where it finds nothing."""
-    return next(Draft4Validator(plain_schema()).iter_errors(json.loads(text)), None)
+def first_problem(text: str, kind: str) -> Any:
+    """What the schema of a kind first finds in the JSON of one; None where it finds nothing."""
+    return next(Draft4Validator(plain_schema(kind)).iter_errors(json.loads(text)), None)
 
 
 @cache
-def first_duplicate(text: str) -> tuple[str, Any] | None:
-    """Where the JSON of a RayJob has two items of one key in a list that is a map by it, and the key."""
-    return next(duplicates(json.loads(text), plain_schema()), None)
+def first_duplicate(text: str, kind: str) -> tuple[str, Any] | None:
+    """Where the JSON of an object has two items of one key in a list that is a map by it, and the key."""
+    return next(duplicates(json.loads(text), plain_schema(kind)), None)
 
 
 def duplicates(value: Any, schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,11 +124,11 @@ def broken_schema(invalid: str, problem: Any) -> Status:
     )
 
 
-def exceeded_quota(name: str, most: int) -> Status:
-    """The answer to one RayJob more than a quota has."""
-    count = "count/rayjobs.ray.io"
+def exceeded_quota(collection: str, name: str, most: int) -> Status:
+    """The answer to one object more than a quota has."""
+    count = f"count/{collection}.ray.io"
     words = f"exceeded quota: q, requested: {count}=1, used: {count}={most}, limited: {count}={most}"
-    return Status(403, "Forbidden", f'rayjobs.ray.io "{name}" is forbidden: {words}')
+    return Status(403, "Forbidden", f'{collection}.ray.io "{name}" is forbidden: {words}')
 
 
 def unknown_fields(value: Any, schema: Any, path: str = "") -> set[str]:

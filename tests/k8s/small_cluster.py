@@ -17,6 +17,7 @@ IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
 # What a client may do: what each rule of its role is for; it has nothing beside.
 NEEDED = {
     ("ray.io", "rayjobs"): {"create", "delete", "get", "list"},
+    ("ray.io", "rayservices"): {"create", "delete", "get", "list"},
     ("", "pods"): {"list"},
     ("", "events"): {"list"},
     ("", "nodes"): {"list"},

@@ -1,10 +1,12 @@
 """Commands of a laptop against a cluster of kind kubernetes, as the account that `fleetune k8s` makes may use it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server import Cluster
+from evaluations import make_adapter, succeed
 from jobs import make_job
 from laptop import configure
 
@@ -18,6 +20,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.cluster_doctor import cluster_checks
 from orchestrator.cluster_setup import set_up_cluster
 from orchestrator.errors import InputError, JobRefused
+from orchestrator.submit import Submission
 
 pytestmark = pytest.mark.usefixtures("laptop")
 
@@ -51,6 +54,32 @@ def test_a_job_is_submitted_looked_at_and_cancelled(
     fleetune.cancel(run_id)
     assert fleetune.status(run_id).state == "cancelled"
     assert ("rayjobs", f"{run_id}-s2") not in cluster.objects
+
+
+def test_an_evaluation_is_a_rayjob_whose_answers_come_back(
+    laptop: Path, cluster: Cluster, tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(3)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "sums.yaml"
+    task.write_text("kind: generation\ndata: sums.jsonl\nmax_new_tokens: 4\n")
+    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    entrypoints = []
+
+    def work(submission: Submission) -> None:
+        """What KubeRay and Ray would have its worker do."""
+        found = cluster.objects["rayjobs", f"{submission.run_id}-s1"]
+        entrypoints.append(found["spec"]["entrypoint"].split())
+        succeed(laptop / "runs" / submission.run_id)
+
+    report = fleetune.evaluate([adapter], [task], base=str(tiny_base), cluster="k8s", announce=work)
+    (run_dir,) = (laptop / "runs").iterdir()
+    ((*_, module, where, name, nodes),) = entrypoints
+    assert (module, where, name, nodes) == ("clusters.pod_job", str(run_dir), f"{run_dir.name}-s1", "1")
+    assert [result.label for result in report.tasks[0].results] == ["base", "adapter"]
+    assert all(len(result.scores) == 3 for result in report.tasks[0].results)
+    fleetune.evaluate([adapter], [task], base=str(tiny_base), cluster="k8s", announce=lambda _: None)
+    assert cluster.created == [f"{run_dir.name}-s1"], "which has all the answers"
 
 
 def test_a_job_that_the_server_does_not_take_is_closed(cluster: Cluster, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,11 +29,15 @@ from clusters.kubernetes_api import KubernetesApi
 from clusters.kubernetes_config import KubernetesConfig
 from clusters.pod_starts import HINDERED_STARTS
 from k8s.planned import SUBMISSION_LABEL
+from orchestrator.backends import open_cluster
 from orchestrator.k8s_install import keeper_for, kubernetes_config
 from runfolder import chain
 from runfolder.hindrance import note_hindrance
 from runfolder.job import Job
+from runfolder.service import ServiceSpec
+from runfolder.site import LocalSite
 
+SERVICE = ServiceSpec(base="/fleetune/bases/b", tenants="/fleetune/tenants.yaml")
 JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
 RUN_ID = "a-0123456789"
 
@@ -158,7 +164,7 @@ def test_a_submission_that_was_broken_off_is_not_made_by_who_looks(
     other = "b-0123456789"
     backend.site.create(other, {"cluster": "k8s", "submitted": 0.0, "job": JOB.dump()})
     status = backend.look([other])[other].on_cluster
-    assert status.state == "unknown" and "nobody has tried to make a RayJob of it" in status.reason
+    assert status.state == "unknown" and "nobody has tried to submit it" in status.reason
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -228,8 +234,7 @@ def test_its_cronjob_does_so_with_all_laptops_closed(cluster: Cluster, tmp_path:
     run_id = fleetune.submit(make_job(tmp_path), cluster="k8s").run_id
     cluster.objects["rayjobs", f"{run_id}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
     objects = {each["kind"]: each for each in keeper_for("k8s")}
-    allowed = [(verb, "rayjobs") for rule in objects["Role"]["rules"] for verb in rule["verbs"]]
-    cluster.tokens = {"keeper": {*allowed}}
+    cluster.tokens = {"keeper": rights_in(objects["Role"])}
     template = objects["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]
     assert broken_rules(template["spec"]) == set()
     pod = template | {"metadata": {"name": "keeper-1"}}
@@ -284,9 +289,31 @@ def test_its_cronjob_removes_rayjobs_that_are_over_for_long(
     assert capsys.readouterr().out == f"RayJob {ended}-s1: removed, as it has been over for 30 days\n"
 
 
-@pytest.mark.parametrize("verb", ["create", "delete", "get", "list"])
-def test_each_verb_of_its_role_is_needed(
+def rights_in(role: dict[str, Any]) -> set[tuple[str, str]]:
+    """The verbs and resources of a role's rules."""
+    rights = set()
+    for rule in role["rules"]:
+        rights |= set(product(rule["verbs"], rule["resources"]))
+    return rights
+
+
+def submit_service(laptop: Path, cluster: Cluster) -> None:
+    """A service whose RayService somebody deletes."""
+    backend = open_cluster("k8s")
+    run_id = "s-0123456789"
+    record = {"cluster": "k8s", "submitted": 0.0, "digests": {}, "job": SERVICE.dump()}
+    LocalSite(laptop / "runs").create(run_id, record)
+    backend.submit(backend.request(SERVICE, run_id))
+    metadata = cluster.objects["rayservices", f"{run_id}-s1"]["metadata"]
+    metadata["deletionTimestamp"] = "2026-11-22T02:50:53Z"
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"), [*product(["create", "get", "list"], ["rayjobs", "rayservices"]), ("delete", "rayjobs")]
+)
+def test_each_right_of_its_role_is_needed(
     verb: str,
+    resource: str,
     laptop: Path,
     cluster: Cluster,
     tmp_path: Path,
@@ -294,15 +321,17 @@ def test_each_verb_of_its_role_is_needed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ended, failed = (fleetune.submit(make_job(tmp_path, name=name), cluster="k8s").run_id for name in ("a", "b"))
+    submit_service(laptop, cluster)
     chain.close(laptop / "runs" / ended, {"state": "succeeded", "reason": ""})
     over = {"jobDeploymentStatus": "Complete", "endTime": "2026-01-01T00:00:00Z"}
     cluster.objects["rayjobs", f"{ended}-s1"]["status"] = over
     cluster.objects["rayjobs", f"{failed}-s1"]["status"] = {"jobDeploymentStatus": "Failed"}
     (role,) = [each for each in keeper_for("k8s") if each["kind"] == "Role"]
-    (rule,) = role["rules"]
-    assert verb in rule["verbs"]
-    cluster.tokens["client"] = {(each, "rayjobs") for each in rule["verbs"] if each != verb}
-    cluster.quota = 2 if verb == "get" else None  # whether what is refused was made before
+    rights = rights_in(role)
+    assert (verb, resource) in rights and len(rights) == 7
+    cluster.tokens["client"] = rights - {(verb, resource)}
+    if verb == "get":  # whether what is refused was made before
+        cluster.quota = len([kind for kind, _ in cluster.objects if kind == resource])
     monkeypatch.setenv("FLEETUNE_HOME", str(laptop))
     monkeypatch.setenv("FLEETUNE_POD", "keeper-1")
     said = ""
@@ -311,4 +340,4 @@ def test_each_verb_of_its_role_is_needed(
     except Unreachable as error:
         said = str(error)
     said += capsys.readouterr().out
-    assert f'cannot {verb} resource "rayjobs"' in said
+    assert f'cannot {verb} resource "{resource}"' in said

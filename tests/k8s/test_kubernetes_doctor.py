@@ -59,7 +59,7 @@ def test_all_is_well(change: Callable[..., None], cluster: Cluster) -> None:
     found = {name: check.found for name, check in checks.items()}
     assert found["server"].startswith("v1.36.2; the client here, ")
     assert found["operator"] == "RayJob of KubeRay 1.7 or newer"
-    assert found["permissions"] == "all 13 that are used"
+    assert found["permissions"] == "all 17 that are used"
     assert found["nodes"] == "8 of nvidia.com/gpu, 8 not asked for here; 1 of 1 nodes fit"
     assert found["volume"] == "fleetune has 2Ti (class nfs, ReadWriteMany)"
     assert found["secrets"] == "pods are to have none"

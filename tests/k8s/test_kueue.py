@@ -108,7 +108,7 @@ def test_a_newer_kueue_is_asked_in_its_own_version(
     backend: Kubernetes, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(api_server.COLLECTIONS, "/apis/kueue.x-k8s.io/v1beta1")
-    monkeypatch.setitem(api_server.COLLECTIONS, "/apis/kueue.x-k8s.io/v1beta2", "workloads")
+    monkeypatch.setitem(api_server.COLLECTIONS, "/apis/kueue.x-k8s.io/v1beta2", ("workloads",))
     cluster.objects["workloads", "rayjob-a"] = workload(condition("QuotaReserved", "False", message=NO_QUOTA))
     assert status(backend).reason == f"Kueue: {NO_QUOTA}"
     monkeypatch.delitem(api_server.COLLECTIONS, "/apis/kueue.x-k8s.io/v1beta2")

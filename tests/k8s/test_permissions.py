@@ -19,8 +19,10 @@ from clusters.kubernetes_checkup import KubernetesLook
 from clusters.kubernetes_config import KubernetesConfig
 from orchestrator.backends import config_of
 from runfolder.job import Job
+from runfolder.service import ServiceSpec
 
 JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
+SERVICE = ServiceSpec(base="/fleetune/bases/b", tenants="/fleetune/tenants.yaml")
 RUN_ID = "a-0123456789"
 ALL = (*NEEDED, *NEEDED_WITH_QUEUE, *WISHED)
 
@@ -51,11 +53,20 @@ def doctor(backend: Kubernetes) -> str:
     return " ".join(found)
 
 
+def serve(backend: Kubernetes) -> str:
+    backend.submit(backend.request(SERVICE, "s-0123456789"))
+    return ""
+
+
 USES: dict[str, Callable[[Kubernetes], str]] = {
     "create rayjobs.ray.io": submit_one_more,
     "get rayjobs.ray.io": submit_one_more,
     "list rayjobs.ray.io": lambda backend: backend.status([RUN_ID])[RUN_ID].reason,
     "delete rayjobs.ray.io": lambda backend: str(backend.cancel(RUN_ID)),
+    "create rayservices.ray.io": serve,
+    "get rayservices.ray.io": serve,
+    "list rayservices.ray.io": lambda backend: backend.status(["s-0123456789"])["s-0123456789"].reason,
+    "delete rayservices.ray.io": lambda backend: serve(backend) or str(backend.cancel("s-0123456789")),
     "list pods": lambda backend: backend.status([RUN_ID])[RUN_ID].reason,
     "get pods/exec": lambda backend: str(backend.site.ids()),
     "create pods/exec": lambda backend: str(backend.site.ids()),
@@ -76,7 +87,8 @@ def test_without_it_something_fails_in_a_line_that_names_it(
 ) -> None:
     allowed = cluster.tokens["client"]
     assert allowed is not None
-    cluster.quota = 1 if permission.verb == "get" and permission.resource == "rayjobs" else None
+    if permission.verb == "get" and permission.group == "ray.io":  # it is asked for after a refusal
+        cluster.quota = len([kind for kind, _ in cluster.objects if kind == permission.resource])
     if permission.resource != "pods/exec":
         cluster.objects["pods", "reader-1"]["status"]["containerStatuses"][0]["ready"] = False  # nothing needs it
     if permission.resource == "events":

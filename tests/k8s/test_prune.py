@@ -97,7 +97,7 @@ def test_it_says_what_it_would_remove_and_removes_it(volume: Path, cluster: Clus
     assert shown == [
         f"RayJob {RUNS['ended']}-s1: its run has ended",
         f"RayJob {RUNS['live']}-s1: its run goes on by a later one",
-        f"RayJob {RUNS['waiting']}-s1: its run has ended, and it waits still",
+        f"RayJob {RUNS['waiting']}-s1: its run has ended, and it goes on",
         f"RayCluster orphan-x2v4t: run {RUNS['orphan']} has no RayJob any more; "
         "remove it with: kubectl -n fleetune delete raycluster orphan-x2v4t",
         f"{volume}/code/.new-Xy12Za: Fleetune's code that came in part, more than a day ago, 2.0 MB",

@@ -141,17 +141,18 @@ def test_the_whole_manifest_of_a_service_is_as_it_was(monkeypatch: pytest.Monkey
     request = backend.request(SERVICE, "mine-0123456789", 1)
     assert request == backend.request(SERVICE, "mine-0123456789", 1)
     assert request.text == (GOLDEN / "service.yaml").read_text()
-    with pytest.raises(SubmissionRefused, match="apply what --dry-run prints"):
-        backend.forecast(request)
-    with pytest.raises(SubmissionRefused, match="apply what --dry-run prints"):
-        backend.submit(request)
+
+
+def test_a_service_without_an_end_alone_is_taken() -> None:
+    ends = SERVICE.model_copy(update={"resources": Resources(gpus_per_node=2, walltime=60)})
+    with pytest.raises(SubmissionRefused, match="resources.walltime: allowed for a service on Kubernetes: none"):
+        cluster().request(ends, "mine-0123456789", 1)
 
 
 def test_the_pods_of_a_service_keep_to_the_rules_of_those_that_train() -> None:
     service = yaml.safe_load(cluster(**QUEUED).request(SERVICE, "mine-0123456789", 1).text)
-    as_job = manifest(GPU_JOB, **QUEUED)
-    as_job["spec"]["rayClusterSpec"] = service["spec"]["rayClusterConfig"]
-    assert schema_errors(as_job) == []
+    assert schema_errors(service) == []
+    as_job = {"spec": {"rayClusterSpec": service["spec"]["rayClusterConfig"]}}
     for pod in pods_of(as_job):
         assert broken_rules(pod) == set()
     config = yaml.safe_load(service["spec"]["serveConfigV2"])

@@ -30,7 +30,8 @@ IMAGE = f"registry.example.org/team/fleetune@sha256:{'0' * 64}"
 JOB = Job.model_validate({"base": "b", "data": "d.jsonl", "train": {"steps": 1}})
 RUN_ID = "a-0123456789"
 TRIALS = 10_000
-ALLOWED = {("create", "rayjobs"), ("delete", "rayjobs"), ("get", "rayjobs"), ("list", "rayjobs"), ("list", "pods")}
+VERBS = ("create", "delete", "get", "list")
+ALLOWED = {("list", "pods"), *((verb, kind) for verb in VERBS for kind in ("rayjobs", "rayservices"))}
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_an_empty_variable_names_the_kubeconfig_of_the_home(
     (tmp_path / "kubeconfig").rename(tmp_path / ".kube" / "config")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBECONFIG", "")
-    assert opened().api.rayjobs("") == [] and len(cluster.requests) == 1
+    assert opened().api.listed("RayJob", "") == [] and len(cluster.requests) == 1
 
 
 def test_a_node_that_has_just_come_is_none_yet(backend: Kubernetes, cluster: Cluster) -> None:
@@ -289,7 +290,7 @@ def test_a_list_that_is_too_old_begins_again(
             cluster.expired.clear()
 
     cluster.fault = renew
-    assert len(backend.api.rayjobs("")) == 5
+    assert len(backend.api.listed("RayJob", "")) == 5
 
 
 def test_a_list_that_is_always_too_old_is_given_up(
@@ -307,7 +308,7 @@ def test_a_list_that_is_always_too_old_is_given_up(
 
     cluster.fault = lasting
     with pytest.raises(Unreachable, match="too old"):
-        backend.api.rayjobs("")
+        backend.api.listed("RayJob", "")
     assert rests == [1, 2, 3, 4]
 
 
@@ -326,7 +327,7 @@ def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pyt
         threading.Thread(target=listen, daemon=True).start()
         write_kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{server.getsockname()[1]}", "client")
         with pytest.raises(Unreachable, match="Read timed out"):
-            opened().api.rayjobs("")
+            opened().api.listed("RayJob", "")
     assert 1 <= len(heard) <= 2
 
 

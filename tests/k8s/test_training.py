@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 from api_server import served
@@ -26,8 +27,12 @@ from worker import OUTSIDE
 pytest.importorskip("kubernetes", reason="the client of Kubernetes is not installed: pip install 'fleetune[k8s]'")
 
 import fleetune
+from orchestrator.serve import Serving
+from orchestrator.serve_on_cluster import serve_on_cluster
 from runfolder.appended import read_lines
 from runfolder.chain import attempts
+from runfolder.resources import Resources
+from serving.gateway.tenants import hash_of
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +291,25 @@ def test_no_pod_outlives_its_run(
         assert objects_but_rayjobs(place) == before
         print(f"{count}: {ending}, {place.kubelet.made} pods so far; {time.monotonic() - began:.0f} s", flush=True)
     assert place.kubelet.made >= number
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_service_answers_until_it_is_cancelled(place: KubernetesPlace, tiny_base: Path, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants:\n- name: alice\n  keys: ['{hash_of('ft-alice')}']\n  adapters: ['*']\n")
+    serving = Serving(f"cluster:{tiny_base}", (), tenants, "127.0.0.1", 8000, None)
+    run_id = serve_on_cluster(serving, place.name, "mine", Resources(grace=60)).run_id
+    until(lambda: fleetune.status(run_id).address, 600)
+    assert fleetune.status(run_id).state == "running"
+    (cluster,) = place.operator.ray_clusters.values()
+    body = {"model": tiny_base.name, "prompt": "1 + 2 =", "max_tokens": 5}
+    headers = {"Authorization": "Bearer ft-alice"}
+    url = f"http://127.0.0.1:{cluster.serves_at}/v1/completions"
+    answer = httpx2.post(url, json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"]
+    assert httpx2.post(url, json=body, timeout=60).status_code == 401
+    fleetune.cancel(run_id)
+    until(place.is_idle, 120)
+    until(lambda: ("rayservices", f"{run_id}-s1") not in place.operator.cluster.objects)
+    assert fleetune.status(run_id).state == "cancelled"

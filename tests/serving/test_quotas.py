@@ -1,12 +1,15 @@
 """Quotas of tokens: what is reserved and given back, and that no end of a server gives anybody more than a quota."""
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -21,6 +24,7 @@ from serving.gateway.usage import UsageFolder
 ROOT = Path(__file__).parent.parent.parent
 DAY = 20000
 KEY = "ft-key-of-alice"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 def quota_of(folder: Path | None, tokens: int = 1000, now: Callable[[], float] = lambda: DAY * DAY_S) -> TokenQuota:
@@ -127,23 +131,44 @@ def served(folder: Path, base: Path, tenants: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
+def completion(tokens: int) -> dict[str, Any]:
+    """The body of a request of the base, whose answer has so many tokens."""
+    return {"model": "tiny", "prompt": "1 + 2 =", "max_tokens": tokens, "temperature": 0}
+
+
 def ask(address: str, tokens: int) -> httpx2.Response:
     """A completion of the base."""
-    body = {"model": "tiny", "prompt": "1 + 2 =", "max_tokens": tokens, "temperature": 0}
-    return httpx2.post(f"{address}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+    return httpx2.post(f"{address}/v1/completions", json=completion(tokens), headers=HEADERS, timeout=60)
 
 
-def test_a_server_that_is_killed_and_one_that_ends_leave_what_was_used(tiny_base: Path, tmp_path: Path) -> None:
+def drained(process: subprocess.Popen[str], address: str) -> int:
+    """Tell a server to end while it streams, and see it end the answer first; gives the tokens that it counts."""
+    asked = completion(200) | {"stream": True, "stream_options": {"include_usage": True}}
+    stream = partial(httpx2.stream, "POST", f"{address}/v1/completions", json=asked, headers=HEADERS)
+    with httpx2.Client() as kept, stream() as response:
+        assert kept.get(f"{address}/health").status_code == 200
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert events[-2]["choices"][0]["finish_reason"] in ("length", "stop")
+    assert process.wait(60) == 0
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{address}/health")
+    return int(events[-1]["usage"]["total_tokens"])
+
+
+def test_a_server_that_is_killed_and_one_that_drains_leave_what_was_used(tiny_base: Path, tmp_path: Path) -> None:
     base = tmp_path / "tiny"
     base.symlink_to(tiny_base)
     tenants = tmp_path / "tenants.yaml"
     tenants.write_text(
-        f"tenants:\n- name: alice\n  keys: ['{hash_of(KEY)}']\n  adapters: [tiny]\n  tokens_per_day: 400\n"
+        f"tenants:\n- name: alice\n  keys: ['{hash_of(KEY)}']\n  adapters: [tiny]\n  tokens_per_day: 800\n"
     )
     if DAY_S - time.time() % DAY_S < 120:
         pytest.skip("a new day begins in two minutes")
     used = 0
-    for ending in (signal.SIGKILL, signal.SIGTERM):
+    for is_killed in (True, False):
         with served(tmp_path / "usage", base, tenants) as process:
             try:
                 assert process.stdout
@@ -151,12 +176,13 @@ def test_a_server_that_is_killed_and_one_that_ends_leave_what_was_used(tiny_base
                 answer = ask(address, 100)
                 assert answer.status_code == 200, answer.text
                 used += answer.json()["usage"]["total_tokens"]
-                refusal = ask(address, 400 - used + 1)
+                refusal = ask(address, 800 - used + 1)
                 assert refusal.status_code == 429, (used, refusal.text)
+                used += 0 if is_killed else drained(process, address)
             finally:
-                process.send_signal(ending)
+                process.kill()
                 process.wait(60)
-    assert used <= UsageFolder(tmp_path / "usage").elsewhere("alice", day_now()) <= 400
+    assert used <= UsageFolder(tmp_path / "usage").elsewhere("alice", day_now()) <= 800
 
 
 def test_a_folder_that_cannot_be_used_is_said_before_anything_is_served(tiny_base: Path, tmp_path: Path) -> None:

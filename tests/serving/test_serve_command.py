@@ -1,12 +1,7 @@
-"""`fleetune serve` as a process: what it refuses, and how it ends while answers are under way."""
+"""What `fleetune serve` refuses before it serves; how its process ends is seen in test_quotas.py."""
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import httpx2
 import pytest
 from adapters import Exported
 from typer.testing import CliRunner
@@ -14,8 +9,6 @@ from typer.testing import CliRunner
 from orchestrator.errors import InputError
 from orchestrator.serve import Serving, serve
 from orchestrator.serve_commands import serve_app
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -45,25 +38,3 @@ def test_a_new_key_is_what_its_hash_says() -> None:
 
     lines = CliRunner().invoke(serve_app, ["key"]).stdout.split()
     assert hash_of(lines[1]) == lines[-1]
-
-
-def test_it_drains_answers_what_it_has_and_ends_with_0(tiny_base: Path, served: dict[str, Exported]) -> None:
-    command = [sys.executable, "-m", "orchestrator", "serve", "--base", str(tiny_base), "--port", "0", "--no-ray"]
-    command += ["--adapters", f"mine={served['lora'].folder}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            address = process.stdout.readline().removeprefix("serving on ").strip()
-            asked = {"model": "mine", "prompt": "1", "max_tokens": 200, "stream": True, "temperature": 0}
-            with httpx2.Client() as kept, httpx2.stream("POST", f"{address}/v1/completions", json=asked) as stream:
-                assert kept.get(f"{address}/health").status_code == 200
-                lines = stream.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-            assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
-            assert process.wait(60) == 0
-            with pytest.raises(httpx2.ConnectError):
-                httpx2.get(f"{address}/health")
-        finally:
-            process.kill()
