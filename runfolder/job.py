@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder.objective_fit import check_base, check_method, check_stage
+from runfolder.objective_fit import check_base, check_method, check_sequence, check_stage
 from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.training import Sharding, Train
@@ -185,6 +185,19 @@ class Job(Section):
                 "train.kernels fast at sharding.zero 3, where weights are whole for moments alone; "
                 "allowed: train.kernels auto or plain, or sharding.zero 0, 1 or 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_share_rows(self) -> "Job":
+        sequence = self.sharding.sequence
+        workers = self.resources.world_size
+        among = f"{workers} workers"
+        if self.resources.is_elastic:  # with any number of nodes
+            workers = self.resources.workers_on_node
+            among = f"{workers} workers on each of nodes {self.resources.nodes}"
+        if workers % sequence:
+            raise ValueError(f"sharding.sequence {sequence} with {among}; allowed: a divisor of that number, or 1")
+        check_sequence(self.objective, sequence)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Before the first step: a worker's data, model and engine, as the start checkpoint has them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from methods.base import Method, Setup
+from methods.parts.peft_adapter import base_under
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.digests import InputChanged, changes, frozen_digests
@@ -30,6 +32,8 @@ from trainer.objectives.registry import create_objective
 from trainer.progress import announce, noting_progress
 from trainer.run import Run
 from trainer.schedule import learning_rate
+from trainer.shared_rows.attention import share_rows
+from trainer.shared_rows.check import check_shared_rows
 from trainer.stop import StopRequests
 from trainer.world import World, join_process_group
 from trainer.zero import gather
@@ -42,7 +46,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     Raises Stopped where no step is to be taken.
     """
     job = load_job(attempt.run_dir)
-    world = join_process_group()
+    world = join_process_group(job.sharding.sequence)
     announce(attempt, world, "workers_up")
     stops = StopRequests(attempt, world)
     check_inputs(attempt, job, world)
@@ -71,13 +75,16 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     else:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
-        objective.kernels = make_fast(job, model, method, dtype, device)
-    sharded = shard(job, model, method, saved, objective.kernels.fused_step)
+        kernels = make_fast(job, model, method, dtype, device)
+    objective.kernels = replace(kernels, sequence=world.sequence)
+    share_rows(base_under(model), world.sequence)
+    sharded = shard(job, model, method, saved, kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
         job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, sharded, dtype, schedule
     )
     check_documents_apart(run)
+    check_shared_rows(run)
     announce_plan(run)
     return run, saved.step if saved else 0
 
