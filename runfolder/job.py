@@ -238,6 +238,11 @@ class Job(Section):
         return self
 
     @property
+    def data_size(self) -> int:
+        """How many workers, or groups of them that share rows, have rows of their own."""
+        return self.resources.world_size // self.sharding.sequence
+
+    @property
     def lr(self) -> float:
         """The peak learning rate: the job's, or the default of method and objective."""
         if self.train.lr is not None:
