@@ -26,6 +26,7 @@ from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
+from trainer.kernels import Kernels
 from trainer.kernels.fast import make_fast
 from trainer.objectives.base import Objective, ObjectiveSetup
 from trainer.objectives.registry import create_objective
@@ -75,16 +76,13 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     else:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
-        kernels = make_fast(job, model, method, dtype, device)
-    objective.kernels = replace(kernels, sequence=world.sequence)
-    share_rows(base_under(model), world.sequence)
-    sharded = shard(job, model, method, saved, kernels.fused_step)
+        objective.kernels = computed_by(job, model, method, dtype, world)
+    sharded = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
         job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, sharded, dtype, schedule
     )
-    check_documents_apart(run)
-    check_shared_rows(run)
+    check_rows(run)
     announce_plan(run)
     return run, saved.step if saved else 0
 
@@ -96,6 +94,21 @@ def base_model(attempt: Attempt, job: Job, objective: Objective, dtype: torch.dt
         model = load_model(job, objective.method, dtype, world.device, objective)
     announce(attempt, world, "base_loaded")
     return model
+
+
+def computed_by(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtype, world: World) -> Kernels:
+    """Put a model on the fast path, as far as it can be, and have it share rows; gives how it then computes."""
+    kernels = make_fast(job, model, method, dtype, world.device)
+    sequence = world.sequence
+    base = base_under(model)
+    share_rows(base, sequence)
+    return replace(kernels, sequence=sequence)
+
+
+def check_rows(run: Run) -> None:
+    """Raise ValueError where the base does not do with rows what the job asks for; every rank calls it."""
+    check_documents_apart(run)
+    check_shared_rows(run)
 
 
 def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:

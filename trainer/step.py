@@ -84,7 +84,9 @@ def prepared(
             shares = objective.prelude(run.model, batch, totals)
             add_shares(sums, shares)
     ranks = run.world.sequence.size
-    known = {name: total / ranks for name, total in reduced(sums).items()}
+    known = {}
+    for name, total in reduced(sums).items():
+        known[name] = total / ranks
     return batches, known
 
 

@@ -1,6 +1,7 @@
 """A base's attention, where a method stands in for it, and where ranks share rows."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -8,7 +9,8 @@ if TYPE_CHECKING:
 WHOLE_POSITIONS = "whole_position_ids"  # argument of a base: the positions [B, T] of rows of which it gets a part
 
 
-class PartOfHeads(NamedTuple):
+@dataclass(frozen=True)
+class PartOfHeads:
     """Which of `count` equal parts of all heads an attention has; it has whole rows, which as many ranks share."""
 
     index: int

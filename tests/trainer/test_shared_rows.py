@@ -283,9 +283,7 @@ def test_workers_that_cannot_share_rows_are_refused(resources: dict[str, Any], p
 
 def test_each_rank_has_keys_of_its_own() -> None:
     check_heads(LLAMA_1B, 8)
-    with pytest.raises(
-        ValueError, match="found 8; allowed: a divisor of 2, as the base has 4 heads of attention, and 2"
-    ):
+    with pytest.raises(ValueError, match="found 8; allowed: a divisor of 2, as the base has 4 heads"):
         check_heads(TWO_LAYERS, 8)
 
 

@@ -13,11 +13,15 @@ import numpy.typing as npt
 from trainer.data.examples import Indices
 from trainer.data.layout import IGNORED
 
-HostArrays = Mapping[str, npt.NDArray[Any]]
+ArraysByName = Mapping[str, npt.NDArray[Any]]
 _POSITIONS = "position_ids"
 
 
-def part_of_rows(arrays: HostArrays, index: int, count: int) -> dict[str, npt.NDArray[Any]]:
+def part_of_rows(
+    arrays: ArraysByName,
+    index: int,
+    count: int,
+) -> dict[str, npt.NDArray[Any]]:
     """The arrays of a micro-batch for the rank of `index` among `count`, which divides T.
 
     It gets P of the T `input_ids` and `position_ids`, of which `whole_position_ids` has all, and the labels that its
@@ -34,7 +38,12 @@ def part_of_rows(arrays: HostArrays, index: int, count: int) -> dict[str, npt.ND
     return completed
 
 
-def _part(arrays: HostArrays, prefix: str, index: int, count: int) -> dict[str, npt.NDArray[Any]]:
+def _part(
+    arrays: ArraysByName,
+    prefix: str,
+    index: int,
+    count: int,
+) -> dict[str, npt.NDArray[Any]]:
     """A rank's part of those arrays whose names have a prefix."""
     position_BT = arrays[prefix + _POSITIONS]
     length = position_BT.shape[1] // count
@@ -44,13 +53,18 @@ def _part(arrays: HostArrays, prefix: str, index: int, count: int) -> dict[str, 
     kept_K = arrays[prefix + "kept"]
     column_N = arrays[prefix + "column"]
     place_N = kept_K[column_N]
-    is_own_N = (place_N >= start) & (place_N < stop)
-    row_n = arrays[prefix + "row"][is_own_N]
-    place_n = place_N[is_own_N] - start
+    is_behind_start_N = place_N >= start
+    is_before_stop_N = place_N < stop
+    is_own_N = is_behind_start_N & is_before_stop_N
+    row_N = arrays[prefix + "row"]
+    row_n = row_N[is_own_N]
+    place_n = place_N[is_own_N]
+    place_n = place_n - start
     part = {}
     label_N = arrays.get(prefix + "label")
     if label_N is not None:
-        part["label"] = _or_stand_in(label_N[is_own_N], IGNORED)
+        label_n = label_N[is_own_N]
+        part["label"] = _or_stand_in(label_n, IGNORED)
     row_n = _or_stand_in(row_n, 0)
     place_n = _or_stand_in(place_n, 0)
     own_K, column_n = np.unique(place_n, return_inverse=True)
@@ -73,7 +87,8 @@ def _or_stand_in(values_n: Indices, stand_in: int) -> Indices:
 
 def _slots(is_own_N: npt.NDArray[np.bool_], behind: int) -> Indices:
     """The place of each label among a rank's own; `behind` where it is not one of them."""
-    slots_N = np.full(len(is_own_N), behind, np.int64)
+    count = len(is_own_N)
+    slots_N = np.full(count, behind, np.int64)
     own = int(is_own_N.sum())
     slots_N[is_own_N] = np.arange(own)
     return slots_N

@@ -74,8 +74,12 @@ class Shares:
         if ranks == 1:
             return self
         loss = self.loss / ranks
-        metrics = {name: share / ranks for name, share in self.metrics.items()}
-        each = None if self.each is None else self.each / ranks
+        metrics = {}
+        for name, share in self.metrics.items():
+            metrics[name] = share / ranks
+        each = self.each
+        if each is not None:
+            each = each / ranks
         return Shares(loss, metrics, each)
 
 

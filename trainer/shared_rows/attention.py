@@ -19,11 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from methods.options.base import check_heads
 from methods.parts.attention import WHOLE_POSITIONS, PartOfHeads
+from trainer.kernels.documents import UNREAD
 from trainer.shared_rows.group import SequenceGroup, exchange
 
 Attention = Callable[..., tuple[Tensor, None]]
 IS_SHARED = "rows_are_shared"  # what attention is told in passes of a part of the positions
-UNREAD = 1  # columns of a mask that stands where none is needed
 
 
 def share_rows(base: Any, group: SequenceGroup) -> None:
@@ -37,20 +37,23 @@ def share_rows(base: Any, group: SequenceGroup) -> None:
     config = base.config.get_text_config()
     check_heads(config.to_dict(), group.size)
     inner = base.config._attn_implementation
-    if inner not in ALL_ATTENTION_FUNCTIONS or not base._supports_attention_backend:
+    is_known = inner in ALL_ATTENTION_FUNCTIONS
+    if not is_known or not base._supports_attention_backend:
         raise ValueError(
             f"sharding.sequence: found {group.size} with a base of type {config.model_type}, which calls an "
             "attention of its own; allowed: 1"
         )
     name = f"{inner}_of_{group.size}_ranks"
-    attend = partial(_attend, ALL_ATTENTION_FUNCTIONS[inner], group)
+    inner_attend = ALL_ATTENTION_FUNCTIONS[inner]
+    attend = partial(_attend_over_rows, inner_attend, group)
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     base.set_attn_implementation(name)
-    base.get_decoder().register_forward_pre_hook(_tell_layers, with_kwargs=True)
+    decoder = base.get_decoder()
+    decoder.register_forward_pre_hook(_tell_layers, with_kwargs=True)
 
 
-def _attend(
+def _attend_over_rows(
     inner: Attention,
     group: SequenceGroup,
     module: Module,
@@ -78,7 +81,7 @@ def _to_heads(x_BHPD: Tensor, size: int) -> Tensor:
     """All positions of this rank's heads [B, h, T, D], from all heads of its positions."""
     x_BShPD = x_BHPD.unflatten(1, (size, -1))
     x_SBhPD = x_BShPD.movedim(1, 0)
-    received_SBhPD = exchange(x_SBhPD)
+    received_SBhPD: Tensor = exchange(x_SBhPD)
     x_BhSPD = received_SBhPD.movedim(0, 2)
     return x_BhSPD.flatten(2, 3)
 
@@ -87,7 +90,7 @@ def _to_positions(x_BThD: Tensor, size: int) -> Tensor:
     """All heads of this rank's positions [B, P, H, D], from all positions of its heads."""
     x_BSPhD = x_BThD.unflatten(1, (size, -1))
     x_SBPhD = x_BSPhD.movedim(1, 0)
-    received_SBPhD = exchange(x_SBPhD)
+    received_SBPhD: Tensor = exchange(x_SBPhD)
     x_BPShD = received_SBPhD.movedim(0, 2)
     return x_BPShD.flatten(2, 3)
 

@@ -33,7 +33,12 @@ def check_shared_rows(run: Run) -> None:
 
 
 def gap_of_sharing(
-    model: torch.nn.Module, group: SequenceGroup, own: int, vocabulary: int, packing: bool, device: torch.device
+    model: torch.nn.Module,
+    group: SequenceGroup,
+    own: int,
+    vocabulary: int,
+    packing: bool,
+    device: torch.device,
 ) -> float:
     """How far logits of a random row, `own` positions on each rank, are from those of a rank that has all of it.
 
@@ -55,10 +60,14 @@ def gap_of_sharing(
     own_positions = positions[:, part]
     whole = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     shared = model(
-        input_ids=own_ids, position_ids=own_positions, whole_position_ids=positions, use_cache=False
+        input_ids=own_ids,
+        position_ids=own_positions,
+        whole_position_ids=positions,
+        use_cache=False,
     ).logits
     difference = shared - whole[:, part]
-    moved = difference.abs().max() / whole.abs().max()
+    largest = whole.abs().max()
+    moved = difference.abs().max() / largest
     most = moved.float()
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
+    return float(most)
