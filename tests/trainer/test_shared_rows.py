@@ -75,12 +75,14 @@ def evaluated(run_dir: Path, attempt: int) -> dict[str, float]:
     return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
-def assert_same(shared: Path, alone: Path, attempt: int = 1) -> None:
+def assert_same(shared: Path, alone: Path, attempt: int = 1, generates: bool = False) -> None:
     """The steps of an attempt and what it was evaluated to are those of one worker."""
     found = curve(shared, attempt)
-    gap = difference(found, curve(alone)[-len(found) :])
-    print(shared.name, gap)
-    assert gap < TOLERANCE, (shared.name, gap)
+    truth = curve(alone)[-len(found) :]
+    if generates:  # losses near zero, of answers that outweigh each other
+        assert found == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in truth], shared.name
+    else:
+        assert difference(found, truth) < TOLERANCE, shared.name
     assert evaluated(shared, attempt) == pytest.approx(evaluated(alone, 1), rel=TOLERANCE, abs=1e-6), shared.name
 
 
@@ -135,12 +137,12 @@ def test_every_objective_is_the_same(
     launch(1, *alone.values())
     launch(2, *shared.values())
     for name in names:
-        assert_same(shared[name], alone[name])
+        assert_same(shared[name], alone[name], generates=name == "grpo")
 
 
 @pytest.mark.parametrize("kind", ["longlora"])
 def test_a_run_goes_on_with_rows_shared_and_not(kind: str, make: Any, launch: Any) -> None:
-    alone, shared = make(kind, ALONE), make(kind, Layout(2, 1, True))
+    alone, shared = make(kind, ALONE), make(kind, Layout(2, 1, True), train={"gradient_checkpointing": True})
     launch(1, alone)
     launch(2, shared)
     begins_alone = interrupted(
