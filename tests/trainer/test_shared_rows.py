@@ -302,4 +302,4 @@ def test_a_dry_run_has_about_half_the_activations() -> None:
         for sequence in (1, 2)
     )
     assert shared["activations"] == pytest.approx(alone["activations"] / 2, rel=0.05)
-    assert shared["weights"] == alone["weights"]
+    assert shared["weights"] == pytest.approx(alone["weights"], rel=1e-3)
