@@ -191,12 +191,15 @@ class Job(Section):
     def _can_share_rows(self) -> "Job":
         sequence = self.sharding.sequence
         workers = self.resources.world_size
-        among = f"{workers} workers"
+        where = ""
         if self.resources.is_elastic:  # with any number of nodes
             workers = self.resources.workers_on_node
-            among = f"{workers} workers on each of nodes {self.resources.nodes}"
+            where = f" on each of nodes {self.resources.nodes}"
         if workers % sequence:
-            raise ValueError(f"sharding.sequence {sequence} with {among}; allowed: a divisor of that number, or 1")
+            among = "one worker" if workers == 1 else f"{workers} workers"
+            raise ValueError(
+                f"sharding.sequence {sequence} with {among}{where}; allowed: a divisor of that number, or 1"
+            )
         check_sequence(self.objective, sequence)
         return self
 

@@ -273,9 +273,9 @@ def job_of(sequence: int, **parts: Any) -> Job:
 @pytest.mark.parametrize(
     ("resources", "problem"),
     [
-        ({}, "sharding.sequence 2 with 1 workers; allowed: a divisor of that number, or 1"),
+        ({}, "sharding.sequence 2 with one worker; allowed: a divisor of that number, or 1"),
         ({"workers_per_node": 3}, "sharding.sequence 2 with 3 workers; allowed: a divisor"),
-        ({"nodes": "2-4", "gpus_per_node": 1}, "sharding.sequence 2 with 1 workers on each of nodes 2-4; allowed"),
+        ({"nodes": "2-4", "gpus_per_node": 1}, "sharding.sequence 2 with one worker on each of nodes 2-4; allowed"),
     ],
 )
 def test_workers_that_cannot_share_rows_are_refused(resources: dict[str, Any], problem: str) -> None:
