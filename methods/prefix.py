@@ -137,11 +137,13 @@ def _attend(
     key_BHSD: Tensor,
     value_BHSD: Tensor,
     mask_BHTS: Tensor,
+    part: attention.PartOfHeads = attention.ALL_HEADS,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over the prefix and what the mask shows."""
-    rows = len(key_BHSD)
-    prefix_2HVD = module.prefix.to(key_BHSD.dtype)
+    """Attention over the prefix and what the mask shows, of all heads or of a part of them."""
+    rows, heads = key_BHSD.shape[:2]
+    prefix_of_all = module.prefix.to(key_BHSD.dtype)
+    prefix_2HVD = prefix_of_all[:, part.places(heads)]
     prefix_21HVD = prefix_2HVD[:, None]
     prefix_2BHVD = prefix_21HVD.expand(-1, rows, -1, -1, -1)
     prefix_key, prefix_value = prefix_2BHVD

@@ -184,6 +184,8 @@ def show_plan(plan: Plan) -> None:
 def _plan_fields(plan: Plan) -> dict[str, str]:
     workers = _counted(plan.workers, "worker", "workers")
     passes = _counted(plan.micro_batches, "pass", "passes")
+    if plan.sequence > 1:
+        workers += f", {plan.sequence} to a row"
     fields = {
         "job": f"{plan.name}: {plan.method} on {plan.base}",
         "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}, {plan.kernels} kernels",

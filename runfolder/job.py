@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
-from runfolder.objective_fit import check_base, check_method, check_stage
+from runfolder.objective_fit import check_base, check_method, check_sequence, check_stage
 from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.training import Sharding, Train
@@ -216,6 +216,22 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_share_rows(self) -> "Job":
+        sequence = self.sharding.sequence
+        workers = self.resources.world_size
+        where = ""
+        if self.resources.is_elastic:  # with any number of nodes
+            workers = self.resources.workers_on_node
+            where = f" on each of nodes {self.resources.nodes}"
+        if workers % sequence:
+            among = "one worker" if workers == 1 else f"{workers} workers"
+            raise ValueError(
+                f"sharding.sequence {sequence} with {among}{where}; allowed: a divisor of that number, or 1"
+            )
+        check_sequence(self.objective, sequence)
+        return self
+
+    @model_validator(mode="after")
     def _can_offload(self) -> "Job":
         method = self.method
         reason = method.refusals.get("offload")
@@ -251,6 +267,11 @@ class Job(Section):
                 "trained; allowed: sharding.zero 0, 1 or 2, or method full or galore"
             )
         return self
+
+    @property
+    def data_size(self) -> int:
+        """How many workers, or groups of them that share rows, have rows of their own."""
+        return self.resources.world_size // self.sharding.sequence
 
     @property
     def lr(self) -> float:

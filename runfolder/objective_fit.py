@@ -3,7 +3,7 @@
 from methods.options import Options
 from runfolder.group_objectives import GroupOptions
 from runfolder.objective import ObjectiveOptions
-from runfolder.objectives import shares_prompts
+from runfolder.objectives import OutsideOptions, shares_prompts
 
 _MOVES_BASE = ("pissa", "olora")  # starts that take from the base's weights what they give the adapter
 
@@ -48,4 +48,13 @@ def check_stage(objective: ObjectiveOptions, zero: int) -> None:
         raise ValueError(
             f"sharding.zero 3 with objective {objective.kind}, which writes with the whole base on each worker, and "
             "gathers none for it yet; allowed: 0, 1 or 2"
+        )
+
+
+def check_sequence(objective: ObjectiveOptions, sequence: int) -> None:
+    """Raise ValueError where so many workers cannot share the rows of an objective."""
+    if sequence > 1 and isinstance(objective, OutsideOptions):
+        raise ValueError(
+            f"sharding.sequence {sequence} with objective {objective.kind}, which is another package's and may read "
+            "logits that another worker has; allowed: 1"
         )

@@ -70,7 +70,9 @@ class Sharding(Section):
     offload: Literal["none", "optimizer"] = Field(
         "none", description="what leaves the device's memory between uses; optimizer: AdamW's moments, to the host's"
     )
-    sequence: Literal[1] = Field(1, description="workers that share one sequence: one, as it is not split yet")
+    sequence: Literal[1, 2, 4, 8] = Field(
+        1, description="workers that share the positions of each row, for rows too long for one; 1: each has its own"
+    )
 
     @property
     def offloads(self) -> bool:

@@ -211,7 +211,8 @@ class Evaluator:
         stream = map(judged, dealt)
         passes, known = prepared(run, stream, totals)
         for micro, micro_batch in zip(dealt, passes, strict=True):
-            shares = objective.judge(model, micro_batch, divisors, known)
+            of_rows = objective.judge(model, micro_batch, divisors, known)
+            shares = of_rows.of_one(self.world.sequence.size)
             each = shares.each
             if objective.generates:  # of other documents than those of the source
                 each = None

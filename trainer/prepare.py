@@ -1,6 +1,7 @@
 """Before the first step: a worker's data, model and engine, as the start checkpoint has them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from methods.base import Method, Setup
+from methods.parts.peft_adapter import base_under
 from methods.registry import create
 from runfolder.chain import Attempt
 from runfolder.digests import InputChanged, changes, frozen_digests
@@ -24,12 +26,15 @@ from trainer.data.survey import check_ids
 from trainer.data.tokenizer import end_ids, load_tokenizer
 from trainer.document_leak import check_documents_apart
 from trainer.embeddings import vocabulary
+from trainer.kernels import Kernels
 from trainer.kernels.fast import make_fast
 from trainer.objectives.base import Objective, ObjectiveSetup
 from trainer.objectives.registry import create_objective
 from trainer.progress import announce, noting_progress
 from trainer.run import Run
 from trainer.schedule import learning_rate
+from trainer.shared_rows.attention import share_rows
+from trainer.shared_rows.check import check_shared_rows
 from trainer.stop import StopRequests
 from trainer.world import World, join_process_group
 from trainer.zero import gather
@@ -42,7 +47,7 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     Raises Stopped where no step is to be taken.
     """
     job = load_job(attempt.run_dir)
-    world = join_process_group()
+    world = join_process_group(job.sharding.sequence)
     announce(attempt, world, "workers_up")
     stops = StopRequests(attempt, world)
     check_inputs(attempt, job, world)
@@ -71,13 +76,13 @@ def prepare_run(attempt: Attempt) -> tuple[Run, int]:
     else:
         method.initialise(model, documents(batches, device))
     with noting_progress(attempt):
-        objective.kernels = make_fast(job, model, method, dtype, device)
+        objective.kernels = computed_by(job, model, method, dtype, world)
     sharded = shard(job, model, method, saved, objective.kernels.fused_step)
     schedule = method.schedule(lambda step: learning_rate(job, step, batches.steps))
     run = Run(
         job, attempt, world, stops, method, tokenizer, reading, objective, examples, batches, sharded, dtype, schedule
     )
-    check_documents_apart(run)
+    check_rows(run)
     announce_plan(run)
     return run, saved.step if saved else 0
 
@@ -89,6 +94,21 @@ def base_model(attempt: Attempt, job: Job, objective: Objective, dtype: torch.dt
         model = load_model(job, objective.method, dtype, world.device, objective)
     announce(attempt, world, "base_loaded")
     return model
+
+
+def computed_by(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtype, world: World) -> Kernels:
+    """Put a model on the fast path, as far as it can be, and have it share rows; gives how it then computes."""
+    kernels = make_fast(job, model, method, dtype, world.device)
+    sequence = world.sequence
+    base = base_under(model)
+    share_rows(base, sequence)
+    return replace(kernels, sequence=sequence)
+
+
+def check_rows(run: Run) -> None:
+    """Raise ValueError where the base does not do with rows what the job asks for; every rank calls it."""
+    check_documents_apart(run)
+    check_shared_rows(run)
 
 
 def create_method(job: Job, batches: Batches, tokenizer: Any, saved: CheckpointReader | None) -> Method[Any]:

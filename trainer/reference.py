@@ -112,8 +112,7 @@ def _computed(run: Run, examples: Examples, missing: Indices) -> Floats:
     model.train()
     dist.all_reduce(sums_D)
     dist.all_reduce(counts_D)
-    unknown_D = counts_D == 0
-    sums_D[unknown_D] = torch.nan
+    sums_D /= counts_D  # ranks that share rows each have what all of them found; not a number where nobody has
     on_host = sums_D.cpu()
     computed: Floats = on_host.numpy()
     return computed

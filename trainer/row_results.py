@@ -60,7 +60,7 @@ class ExampleLosses:
             self.sums_D[first_documents] = values.double()
 
     def reduced(self) -> "ExampleLosses":
-        """Those of all ranks; a collective. Each document is computed on one of them."""
+        """Those of all ranks; a collective. Each document is computed on one of them, or in parts that add up."""
         dist.all_reduce(self.sums_D)
         return self
 

@@ -14,6 +14,7 @@ from trainer import rollouts
 from trainer.data.examples import Examples, GlobalBatch
 from trainer.data.layout import MicroBatch
 from trainer.data.one_row import deal_in_one_row, gathered_keys, starts_of_documents
+from trainer.data.parts import part_of_rows
 from trainer.meter import Meter, SaveRequest
 from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 from trainer.run import Run
@@ -61,7 +62,8 @@ def apply_step(run: Run, step: int, feed: Feed, factor: float = 1.0) -> StepTake
     totals = objective.totals(global_batch)
     passes, known = prepared(run, timed, totals)
     for batch in passes:
-        shares = objective.loss(sharded.engine, batch, totals, known)
+        of_rows = objective.loss(sharded.engine, batch, totals, known)
+        shares = of_rows.of_one(world.sequence.size)
         sharded.backward(shares.loss)
         sums.add(shares)
     if objective.generates:
@@ -87,7 +89,11 @@ def prepared(
         for batch in batches:
             shares = objective.prelude(run.model, batch, totals)
             add_shares(sums, shares)
-    return batches, reduced(sums)
+    ranks = run.world.sequence.size
+    known = {}
+    for name, total in reduced(sums).items():
+        known[name] = total / ranks
+    return batches, known
 
 
 class Sums:
@@ -148,12 +154,12 @@ def micro_batches(run: Run, global_batch: GlobalBatch) -> Iterator[BatchTensors]
 
 
 def dealt_to_rank(run: Run, global_batch: GlobalBatch) -> list[MicroBatch]:
-    """Which documents this rank computes of a global batch, by micro-batch."""
+    """Which documents this rank computes of a global batch, alone or with its neighbours, by micro-batch."""
     world = run.world
     layout = run.batches.layout
     if run.objective.kernels.in_one_row:
-        return deal_in_one_row(layout, global_batch, world.rank, world.size)
-    return layout.deal(global_batch, world.rank, world.size)
+        return deal_in_one_row(layout, global_batch, world.data_rank, world.data_size)
+    return layout.deal(global_batch, world.data_rank, world.data_size)
 
 
 def micro_batch_tensors(run: Run, examples: Examples, micro: MicroBatch) -> BatchTensors:
@@ -163,6 +169,9 @@ def micro_batch_tensors(run: Run, examples: Examples, micro: MicroBatch) -> Batc
     arrays = objective.arrays(examples, micro)
     if objective.kernels.in_one_row:
         arrays = with_starts(arrays)
+    sequence = run.world.sequence
+    if sequence.size > 1:
+        arrays = part_of_rows(arrays, sequence.index, sequence.size)
     batch = {}
     for name, array in arrays.items():
         batch[name] = to_device(array, device)

@@ -10,17 +10,29 @@ import torch.distributed as dist
 
 from runfolder.folders import library_folders
 from trainer.libraries import import_lean
+from trainer.shared_rows.group import OWN_ROWS, SequenceGroup
 from trainer.versions import check_versions
 from trainer.zero.engine import prepare_deepspeed
 
 
 @dataclass(frozen=True)
 class World:
-    """One worker's place: its rank of `size`, and its device."""
+    """One worker's place: its rank of `size`, its device, and the neighbours with which it shares rows."""
 
     rank: int
     size: int
     device: torch.device
+    sequence: SequenceGroup = OWN_ROWS
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `data_size` groups it is in, that have rows of their own."""
+        return self.rank // self.sequence.size
+
+    @property
+    def data_size(self) -> int:
+        """How many groups have rows of their own."""
+        return self.size // self.sequence.size
 
     @property
     def leads(self) -> bool:
@@ -36,10 +48,11 @@ class World:
         return said.item() > 0
 
 
-def join_process_group() -> World:
+def join_process_group(sequence: int = 1) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    A group that a launcher has already made is taken as it is. Alone, no variable is needed.
+    A group that a launcher has already made is taken as it is. Alone, no variable is needed. `sequence` is the number
+    of neighbours that share rows; raises ValueError where it does not divide the number of workers.
     """
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **library_folders()}
     for key, value in defaults.items():
@@ -63,7 +76,8 @@ def join_process_group() -> World:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    neighbours = SequenceGroup.join(sequence)
+    return World(dist.get_rank(), dist.get_world_size(), device, neighbours)
 
 
 def _quieten() -> None:

@@ -1,7 +1,7 @@
 """What the options of all methods share: what a method costs, what it refuses, and which modules it takes."""
 
 from collections.abc import Mapping
-from math import prod
+from math import gcd, prod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -138,6 +138,18 @@ def plain_attention(config: BaseConfig, kind: str, nearest: str) -> None:
     if cap is None:
         return
     raise ValueError(f"method.kind: {kind} cannot cap attention's logits, as this base does; nearest: {nearest}")
+
+
+def check_heads(config: BaseConfig, ranks: int) -> None:
+    """Raise ValueError where so many ranks cannot share a base's heads, each with as many keys as the others."""
+    heads = config.get("num_attention_heads", ranks)
+    for_keys = config.get("num_key_value_heads") or heads
+    if heads % ranks or for_keys % ranks:
+        most = gcd(heads, for_keys)
+        raise ValueError(
+            f"sharding.sequence: found {ranks}; allowed: a divisor of {most}, as the base has {heads} heads of "
+            f"attention, and {for_keys} of keys"
+        )
 
 
 def window(config: BaseConfig) -> int | None:

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from methods.base import Keywords
+from methods.parts.attention import ALL_HEADS, WHOLE_POSITIONS, PartOfHeads
 
 NAME = "shifted"  # what `attn_implementation` calls it
 
@@ -103,16 +104,21 @@ def attend(
     pattern: Pattern,
     dropout: float = 0.0,
     scale: float | None = None,
+    part: PartOfHeads = ALL_HEADS,
 ) -> Tensor:
-    """Attention [B, T, H, D] of heads that all have a key and a value of their own."""
+    """Attention [B, T, H, D] of heads, or of a part of them, that all have a key and a value of their own."""
     rows, heads = query_BHTD.shape[:2]
-    middle = heads // 2
-    parts = (slice(middle), slice(middle, heads))
+    first = part.places(heads).start
+    middle_of_all = part.count * heads // 2
+    middle = min(heads, max(0, middle_of_all - first))
+    slices = (slice(0, middle), slice(middle, heads))
     halves = []
-    for runs, part in zip(pattern.halves, parts, strict=True):
-        query_RHLD = runs.lay(query_BHTD[:, part])
-        key_RHLD = runs.lay(key_BHTD[:, part])
-        value_RHLD = runs.lay(value_BHTD[:, part])
+    for runs, half in zip(pattern.halves, slices, strict=True):
+        if half.start == half.stop:
+            continue
+        query_RHLD = runs.lay(query_BHTD[:, half])
+        key_RHLD = runs.lay(key_BHTD[:, half])
+        value_RHLD = runs.lay(value_BHTD[:, half])
         attended_RHLD = scaled_dot_product_attention(
             query_RHLD, key_RHLD, value_RHLD, dropout_p=dropout, is_causal=True, scale=scale
         )
@@ -130,6 +136,7 @@ def forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     pattern: Pattern | None = None,
+    part: PartOfHeads = ALL_HEADS,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: sparse where `sparse_in_training` gave a pattern, else dense."""
@@ -146,7 +153,7 @@ def forward(
     repeats = heads // kv_heads
     key = repeat_kv(key, repeats)  # before the split: the halves may share a head
     value = repeat_kv(value, repeats)
-    attended = attend(query, key, value, pattern, dropout, scaling)
+    attended = attend(query, key, value, pattern, dropout, scaling, part)
     return attended, None
 
 
@@ -157,7 +164,8 @@ def sparse_in_training(decoder: Module, group: int) -> None:
         """Put the pattern of a batch among the arguments; leave them alone in evaluation."""
         if not module.training:
             return None
-        position_BT = kwargs.get("position_ids")
+        own_position_BT = kwargs.get("position_ids")
+        position_BT = kwargs.get(WHOLE_POSITIONS, own_position_BT)
         if position_BT is None or kwargs.get("attention_mask") is not None:
             raise ValueError("sparse attention needs position_ids, which restart in padding, and no attention_mask")
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from methods.options import KINDS
+from methods.options.base import check_heads
 from methods.options.full import Full
 from methods.parts.targets import is_named
 from orchestrator.errors import InputError
@@ -71,7 +72,17 @@ def misfits(job: Job, model: Model) -> list[str]:
         problems.append(f"base.model: {model.folder}: {beside}, {consequence}; move that away")
     problems += _new_tokens(job, model)
     problems += _refused_by_method(job, model)
+    problems += _unshared_heads(job, model)
     return problems
+
+
+def _unshared_heads(job: Job, model: Model) -> Iterator[str]:
+    """Why the workers of the job cannot share rows on the base."""
+    config = model.config.get("text_config", model.config)
+    try:
+        check_heads(config, job.sharding.sequence)
+    except ValueError as error:
+        yield str(error)
 
 
 def _refused_by_method(job: Job, model: Model) -> Iterator[str]:

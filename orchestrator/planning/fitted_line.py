@@ -38,7 +38,7 @@ def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: 
     of_hidden, of_wide, beside, of_vocabulary, of_trained, of_head = line
     if not job.train.master_weights:
         of_trained = 0.0  # the weights are in bf16 themselves
-    tokens = _row_positions(job, sample)
+    tokens = _row_positions(job, sample) / job.sharding.sequence
     in_layers = layers * (of_hidden * hidden + of_wide * wide)
     activations = tokens * (in_layers + beside * hidden) + of_trained * known.trained
     with_logits = min(tokens, LABELS_HELD) if fast else tokens

@@ -41,6 +41,7 @@ class Plan:
     needs: str  # what the objective takes beside a forward and a backward pass over its rows
     workers: int
     zero: int
+    sequence: int
     precision: str
     kernels: str
     lr: float  # at its peak
@@ -131,6 +132,7 @@ class Planner(NamedTuple):
             needs=job.objective.needs,
             workers=job.resources.world_size,
             zero=job.sharding.zero,
+            sequence=job.sharding.sequence,
             precision=planned_precision(job, kind),
             kernels=planned_kernels(job, kind),
             lr=job.at_width(hidden_size).lr,
@@ -255,7 +257,7 @@ def _count(rows: SourceRows | None) -> int | None:
 
 def _micro_batches(job: Job) -> int:
     """Forward passes per worker and step, when every batch is full."""
-    sequences = job.resources.world_size * job.train.micro_batch
+    sequences = job.data_size * job.train.micro_batch
     tokens_per_pass = sequences * job.data.seq_len
     passes = job.train.batch_tokens / tokens_per_pass
     return ceil(passes)

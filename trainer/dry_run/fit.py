@@ -119,6 +119,8 @@ def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
     if job.resources.world_size > 1:
         for stage in range(job.sharding.zero + 1, 4):
             yield "sharding.zero", stage
+    if job.sharding.sequence == 1 and job.resources.workers_on_node % 2 == 0:
+        yield "sharding.sequence", 2
     method = job.method
     if method.makes_model and not job.sharding.offloads:  # of an adapter, moments are little
         yield "sharding.offload", "optimizer"

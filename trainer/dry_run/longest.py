@@ -80,9 +80,9 @@ def examples_of(documents: Sequence[Lengths], job: Job) -> Examples:
 
 
 def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[MicroBatch]:
-    """The micro-batches of the first worker, which has the longest."""
+    """The micro-batches of the first worker, or of the first that share rows, which have the longest."""
     layout = layout_of(job)
-    workers = job.resources.world_size
+    workers = job.data_size
     if in_one_row:
         return deal_in_one_row(layout, batch, 0, workers)
     return layout.deal(batch, 0, workers)

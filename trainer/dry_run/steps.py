@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from methods.base import Method, Setup
 from methods.options.base import BaseConfig
+from methods.parts.peft_adapter import base_under
 from methods.registry import create
 from runfolder.job import Job
 from trainer.data.encode import Reading
 from trainer.data.examples import GlobalBatch
 from trainer.data.layout import Layout
 from trainer.data.one_row import deal_in_one_row, starts_of_documents
+from trainer.data.parts import part_of_rows
 from trainer.dry_run.four_bits import hold_in_4_bits, in_16_bits, is_in_4_bits
 from trainer.dry_run.kernels import LayerTracer, fast_kernels
 from trainer.dry_run.ledger import Bytes, Ledger
@@ -35,6 +37,8 @@ from trainer.embeddings import vocabulary
 from trainer.kernels import Kernels
 from trainer.objectives.base import HostArrays, Objective, ObjectiveSetup, Totals
 from trainer.objectives.registry import create_objective
+from trainer.shared_rows.attention import share_rows
+from trainer.shared_rows.group import OWN_ROWS, SequenceGroup
 from trainer.speed import count_trained
 from trainer.zero.engine import Alone
 from trainer.zero.sharded import ShardedModel
@@ -125,7 +129,10 @@ def _take_steps(
     job = passes.job
     objective = _objective(job, method, kernels)
     batch = _global_batch(passes)
-    arrays = _micro_batch(objective, passes, batch, kernels.in_one_row)
+    of_rows = _micro_batch(objective, passes, batch, kernels.in_one_row)
+    arrays, group = _of_rank(of_rows, job.sharding.sequence)
+    objective.kernels = replace(kernels, sequence=group)
+    share_rows(base_under(model), group)
     totals = objective.totals(batch)
     tensors = {}
     for name, array in arrays.items():
@@ -135,7 +142,7 @@ def _take_steps(
     # On a GPU, AdamW takes many weights at once by itself.
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
-    with stand_ins(arrays["position_ids"], job.sharding.zero):
+    with stand_ins(of_rows["position_ids"], job.sharding.zero):
         sharded = ShardedModel(model, method, 0, job.lr, adam, Alone, job.sharding.offloads)
         _count_moments(sharded, ledger)
         for count in MICRO_BATCHES:
@@ -206,6 +213,21 @@ def _micro_batch(objective: Objective, passes: Passes, batch: GlobalBatch, in_on
     position_BT = of_objective["position_ids"]
     starts = starts_of_documents(position_BT)
     return {**of_objective, "documents": starts}
+
+
+def _of_rank(of_rows: HostArrays, sequence: int) -> tuple[HostArrays, SequenceGroup]:
+    """Of the ranks that share rows, the arrays of the one with the most labels, and what it is in its group."""
+    if sequence == 1:
+        return of_rows, OWN_ROWS
+    most = 0
+    for index in range(sequence):
+        part = part_of_rows(of_rows, index, sequence)
+        labels = len(part["row"])
+        if labels > most:
+            most = labels
+            arrays = part
+            group = SequenceGroup(sequence, index)
+    return arrays, group
 
 
 def _watch_gradients(model: nn.Module, ledger: Ledger) -> None:

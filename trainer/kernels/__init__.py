@@ -11,19 +11,25 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trainer.shared_rows.group import OWN_ROWS, SequenceGroup
+
 if TYPE_CHECKING:
     from trainer.kernels.head import LinearHead
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What of the fast path a run uses, nothing where it is plain; and what was found against more of it."""
+    """What of the fast path a run uses, nothing where it is plain; and what was found against more of it.
+
+    Beside it, on either path, the ranks that share rows with this one.
+    """
 
     head: "LinearHead | None" = None  # the loss takes hidden states and computes their logits in chunks
     in_one_row: bool = False  # documents of a micro-batch lie in one row, by whose starts attention keeps them apart
     compiled: bool = False  # decoder layers are compiled
     fused_step: bool = False  # the optimizer's step is one kernel for many weights
     problems: list[str] = field(default_factory=list)
+    sequence: SequenceGroup = OWN_ROWS
 
     @property
     def names(self) -> list[str]:

@@ -11,6 +11,9 @@ A step goes through these hooks, of which all but `read`, `totals`, `arrays` and
 An objective may also change the base before the method sees it (`prepare`, `take`), and what is left at the end
 (`export`): a reward model has a head of its own. Held-out rows go through `judge` and `summary`.
 
+Ranks that share rows (`sharding.sequence`) all give the share of the whole rows, of which each then adds its part.
+What a model gives of labels, `kernels.sequence` brings together.
+
 So what a step does depends on neither packing nor micro-batches nor ranks. Only the documents of one example are
 sure to be in one micro-batch.
 """
@@ -68,6 +71,19 @@ class Shares:
     loss: torch.Tensor
     metrics: TensorsByName = field(default_factory=dict)
     each: torch.Tensor | None = None
+
+    def of_one(self, ranks: int) -> "Shares":
+        """What one of so many ranks adds that share rows, and have all computed the same."""
+        if ranks == 1:
+            return self
+        loss = self.loss / ranks
+        metrics = {}
+        for name, share in self.metrics.items():
+            metrics[name] = share / ranks
+        each = self.each
+        if each is not None:
+            each = each / ranks
+        return Shares(loss, metrics, each)
 
 
 class Objective(ABC):

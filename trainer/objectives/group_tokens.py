@@ -174,6 +174,7 @@ def policy_of_all(
     """What `policy` gives each token of a rollout [N], from this rank's micro-batches of it; a collective."""
     engine_N = torch.from_numpy(rollout["engine"])
     total_N = torch.zeros_like(engine_N)
+    ranks_N = torch.zeros_like(engine_N)  # those that share a row all have what is known of it
     lengths_D = np.diff(rollout["ends"], prepend=0)
     labels_D = lengths_D - rollout["prompts"]
     ends_D = np.cumsum(labels_D)
@@ -190,9 +191,13 @@ def policy_of_all(
             stop = int(ends_D[number])
             start = stop - len(values)
             total_N[start:stop] = values
-    shared_N = total_N.to(device)
-    dist.all_reduce(shared_N)
-    on_host: npt.NDArray[np.float32] = shared_N.cpu().numpy()
+            ranks_N[start:stop] = 1
+    both_2N = torch.stack([total_N, ranks_N])
+    both_2N = both_2N.to(device)
+    dist.all_reduce(both_2N)
+    all_N, found_N = both_2N.cpu()
+    mean_N = all_N / found_N
+    on_host: npt.NDArray[np.float32] = mean_N.numpy()
     return on_host
 
 

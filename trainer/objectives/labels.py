@@ -56,20 +56,20 @@ def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     No others are computed, where the model can do without.
     """
     kept_K = batch["kept"]
-    documents = {}
-    for name in ("documents", "key_starts", "key_places"):
+    of_rows = {}
+    for name in ("documents", "key_starts", "key_places", "whole_position_ids"):
         if name in batch:
-            documents[name] = batch[name]
-    if "part" in batch and not documents:
+            of_rows[name] = batch[name]
+    if "part" in batch and "documents" not in batch:
         group_BT = batch["group"]
         part_BT = batch["part"]
-        documents["attention_mask"] = branch_mask(group_BT, part_BT)
+        of_rows["attention_mask"] = branch_mask(group_BT, part_BT)
     logits_BKV: torch.Tensor = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,  # with a cache, transformers would not look for documents in position_ids
         logits_to_keep=kept_K,
-        **documents,
+        **of_rows,
     ).logits
     if logits_BKV.shape[1] != len(kept_K):  # a model that does not know logits_to_keep
         logits_BKV = logits_BKV[:, kept_K]

@@ -75,8 +75,16 @@ def label_losses(
 ) -> torch.Tensor:
     """The cross-entropy [N] of each label, fp32, of logits that are divided by a temperature.
 
-    The logits of a chunk are held in fp32, never those of all.
+    The logits of a chunk are held in fp32, never those of all. Ranks that share rows each get those of all labels.
     """
+    losses_N = _own_losses(model, batch, kernels, temperature)
+    return kernels.sequence.whole(losses_N, batch)
+
+
+def _own_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], kernels: Kernels, temperature: float
+) -> torch.Tensor:
+    """The losses of the labels whose logits this rank has."""
     if kernels.head and temperature == 1:
         return labels.losses(model, batch, kernels.head)
     logits_NV = labels.logits(model, batch)

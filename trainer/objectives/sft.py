@@ -45,11 +45,11 @@ class Supervised(Objective):
         count = totals["labels"]
         if self.kernels.head:
             total = labels.total_loss(model, batch, self.kernels.head)
-            return Shares(total / count)
-        logits_NV = labels.logits(model, batch)
-        label_N = batch["label"]
-        loss = summed(logits_NV, label_N) / count
-        return Shares(loss)
+        else:
+            logits_NV = labels.logits(model, batch)
+            total = summed(logits_NV, batch["label"])
+        of_rows = self.kernels.sequence.summed(total)
+        return Shares(of_rows / count)
 
     def judge(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
         """The same of held-out rows, and the summed cross entropy of each document; summed in fp64."""
