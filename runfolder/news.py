@@ -20,8 +20,10 @@ from runfolder.appended import sealed_size
 from runfolder.chain import Attempt, last_slot, result, settle, slots
 from runfolder.delivered import tracked_run
 from runfolder.files import list_names, read_json, refresh, sha256
-from runfolder.record import load_job
+from runfolder.job import Job
+from runfolder.record import load_any_job
 from runfolder.row_results import last_row_results
+from runfolder.staged_job import StagedJob
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what reading a damaged run raises
 TRIP_BYTES = 4 << 20  # of files in one answer, and at most one file that comes whole beyond that
@@ -169,7 +171,10 @@ def _needs_nothing(run_dir: Path, known: Known) -> bool:
     """Whether all of a closed run was delivered: by the one who asks, or from here to a server."""
     if isinstance(known, int):
         return known == last_slot(run_dir)
-    return tracked_run(run_dir) is not None and load_job(run_dir).tracking.uri is not None
+    if tracked_run(run_dir) is None:
+        return False
+    job = load_any_job(run_dir)
+    return isinstance(job, Job | StagedJob) and job.tracking.uri is not None
 
 
 class _Reader:

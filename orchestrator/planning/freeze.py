@@ -22,6 +22,7 @@ from runfolder.job import Job
 from runfolder.objective import ObjectiveOptions
 from runfolder.site import Site
 from runfolder.sources import SubmitterFile, parse_source
+from runfolder.staged_job import references
 
 JobSource = str | Path | Mapping[str, Any] | Job
 Sent = Callable[[str, int, int], None]  # a file, the bytes of it that are there, and their number
@@ -39,6 +40,8 @@ def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Pat
     else:
         folder = Path(source).absolute().parent
         job = spec.read_job_file(Path(source), overrides)
+    for field, reference in references(job).items():
+        raise InputError(f"{field}: found stage:{reference.stage}; allowed in a job of `stages:` alone")
     return absolute(job, folder), folder
 
 
@@ -67,10 +70,10 @@ def with_reward_file(job: Job, moved: Callable[[str], str]) -> ObjectiveOptions:
     return objective.with_reward_file(moved(file))
 
 
-def input_digests(job: Job, model: Model, site: Site) -> Digests:
+def input_digests(job: Job, base_folder: Path | None, site: Site) -> Digests:
     """The digests of a job's data and base; `site` knows those of the cluster's own files. Raises InputError."""
     try:
-        return digests(job, model.folder, site.digest)
+        return digests(job, base_folder, site.digest)
     except ValueError as error:
         raise InputError(f"data: {error}") from None
 

@@ -23,6 +23,8 @@ from runfolder.news import UNREADABLE
 from runfolder.record import load_any_job
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
+from runfolder.snapshot import snapshot
+from runfolder.staged_job import StagedJob
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
 Undelivered = dict[str, str]  # run id or cluster -> why MLflow has not got all of it
@@ -119,7 +121,7 @@ def _folders(cluster: str, its_run_ids: list[str]) -> Iterator[tuple[Path, str |
 def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
     """Deliver what there is of a run, unless its MLflow is down; gives why not, None where it was."""
     newest = last_attempt(run_dir)
-    if tracked_run(run_dir) or newest.number == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
+    if tracked_run(run_dir) or snapshot(run_dir).attempt == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
         return None
     if not _is_reached(run_dir):
         if result(run_dir):
@@ -144,7 +146,7 @@ def _is_reached(run_dir: Path) -> bool:
     An evaluation has none of its own.
     """
     job = load_any_job(run_dir)
-    if not isinstance(job, Job):
+    if not isinstance(job, Job | StagedJob):
         return False
     uri = job.tracking.uri
     if uri is None or mirrored_from(run_dir) is None:

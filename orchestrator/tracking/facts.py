@@ -9,9 +9,12 @@ from runfolder.appended import read_lines
 from runfolder.chain import attempts
 from runfolder.costs import read_costs
 from runfolder.files import Record
+from runfolder.job import Job
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.snapshot import read_plan
+from runfolder.staged_job import StagedJob
+from runfolder.stages import stage_folders
 
 # Facts under the names by which MLflow's pages look for them.
 _MLFLOW_TAGS = {
@@ -33,9 +36,10 @@ def state_in_mlflow(status: str) -> str:
 
 def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
-    job = load_job(run_dir)
+    job = load_any_job(run_dir)
     params = dict(_flat(job.dump()))
-    params["train.lr"] = repr(job.lr)
+    if isinstance(job, Job):
+        params["train.lr"] = repr(job.lr)
     digests = {}
     for name, digest in record.get("digests", {}).items():
         digests[f"{name}_digest"] = digest
@@ -49,7 +53,7 @@ def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """What the record of a run has beside job and digests, what was planned, its name, method and folder, as tags."""
-    job = load_job(run_dir)
+    job = load_any_job(run_dir)
     facts = dict(record)
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
@@ -59,7 +63,11 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name, text in _flat(facts):
         tags[f"fleetune.{name}"] = text
     tags["fleetune.name"] = job.name
-    tags["fleetune.method"] = job.method.kind
+    if isinstance(job, Job):
+        tags["fleetune.method"] = job.method.kind
+    if isinstance(job, StagedJob):
+        for stage, folder in stage_folders(run_dir, job.stages).items():
+            tags[f"fleetune.stages.{stage}"] = folder.name
     tags["fleetune.run_dir"] = mirrored_from(run_dir) or str(run_dir)
     for fact, mlflow_name in _MLFLOW_TAGS.items():
         if fact in tags:

@@ -1,0 +1,117 @@
+"""From a job.yaml with stages to a `StagedJob`: what is said of all stages goes into the job of each.
+
+A stage's `base`, `method` and `objective` stand in place of those of all stages, whole. Of other sections its keys
+do, one by one.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import InputError
+from orchestrator.planning.freeze import JobSource, absolute
+from orchestrator.planning.spec import PlainJob, load_yaml, overridden, spelled_out, validate
+from runfolder.job import Base, Job
+from runfolder.sources import StageOutput, parse_source
+from runfolder.staged_job import StagedJob, is_staged
+
+OF_ALL_STAGES = ("resources", "tracking", "env")  # said once, above the stages
+_WHOLE = ("base", "method", "objective")
+
+
+def read_staged(source: JobSource, overrides: Iterable[str] = ()) -> tuple[StagedJob, Path] | None:
+    """A job of stages with absolute paths, and the folder that it was written in; None for another job.
+
+    Raises InputError with one line per error.
+    """
+    folder = Path.cwd()
+    name = "job"
+    if isinstance(source, Job):
+        return None
+    if isinstance(source, Mapping):
+        plain = dict(source)
+    else:
+        name = str(source)
+        folder = Path(source).absolute().parent
+        plain = load_yaml(Path(source))
+    if not is_staged(plain):
+        return None
+    staged = staged_of(overridden(plain, overrides), name)
+    stages = {stage: absolute(job, folder) for stage, job in staged.stages.items()}
+    return staged.model_copy(update={"stages": stages}), folder
+
+
+def staged_of(plain: PlainJob, source: str) -> StagedJob:
+    """The job of stages in plain data; raises InputError with one line per error."""
+    common = dict(plain)
+    stages = common.pop("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise InputError(f"{source}: stages: found {stages!r}; allowed: a mapping of names to jobs")
+    jobs = {}
+    problems = []
+    for stage, written in stages.items():
+        try:
+            jobs[stage] = _stage_job(common, str(stage), written, source)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    _leave_models(jobs)
+    shared = {key: common[key] for key in ("name", *OF_ALL_STAGES) if key in common}
+    try:
+        return StagedJob.model_validate({**shared, "stages": jobs})
+    except ValidationError as error:
+        lines = []
+        for flaw in error.errors(include_url=False):
+            message = flaw["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {message}")
+        raise InputError("\n".join(lines)) from None
+
+
+def base_of_stage(staged: StagedJob, stage: str) -> Base:
+    """The base that the model of a stage goes back to, through the stages that have made it."""
+    base = staged.stages[stage].base
+    source = parse_source(base.model)
+    if isinstance(source, StageOutput):
+        return base_of_stage(staged, source.stage)
+    return base
+
+
+def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> Job:
+    """The job of a stage; raises InputError with one line per error."""
+    where = f"{source}: stages.{stage}"
+    if not isinstance(written, dict):
+        raise InputError(f"{where}: found {written!r}; allowed: a mapping of keys like data and train")
+    for key in ("name", "stages", *OF_ALL_STAGES):
+        if key in written:
+            raise InputError(f"{where}.{key}: it is said once for all stages; allowed: {key} above stages")
+    plain = merged_sections(spelled_out(common), spelled_out(written))
+    plain["name"] = f"{common.get('name', 'job')}-{stage}"
+    return validate(plain, (), where)
+
+
+def merged_sections(common: PlainJob, own: PlainJob) -> PlainJob:
+    """What is said of all stages, with what one says of itself."""
+    merged = dict(common)
+    for key, value in own.items():
+        before = merged.get(key)
+        if key not in _WHOLE and isinstance(before, dict) and isinstance(value, dict):
+            merged[key] = {**before, **value}
+        else:
+            merged[key] = value
+    return merged
+
+
+def _leave_models(jobs: dict[str, Job]) -> None:
+    """Have those stages leave a whole model with which later ones begin; raises InputError where one cannot."""
+    for job in list(jobs.values()):
+        source = parse_source(job.base.model)
+        if not isinstance(source, StageOutput) or source.stage not in jobs:
+            continue
+        before = jobs[source.stage]
+        if not before.method.makes_model:
+            output = {"merge": True}
+            plain = before.dump() | {"output": output}
+            jobs[source.stage] = validate(plain, (), f"stages.{source.stage}, whose model a later stage begins with")

@@ -1,0 +1,136 @@
+"""The work of the controller on a job of stages: one stage after another, each as a run of its own.
+
+What there is to do next is told by the folders of the stages alone, so it may be killed at any point.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.planning.freeze import frozen_of
+from orchestrator.runs import new_id
+from orchestrator.stages.key import key_of_stage, stage_digests, stage_job
+from orchestrator.verdict import Verdict
+from runfolder.chain import close, result
+from runfolder.files import Record, list_names
+from runfolder.outcome import final_word
+from runfolder.record import create_run_folder, read_record
+from runfolder.requests import cancel_requested, cancel_saves, request_cancel, why_cancelled
+from runfolder.secrets import read_secrets, write_secrets
+from runfolder.staged_job import StagedJob
+from runfolder.stages import StageNote, note_done, note_stage, noted_stage, stage_done
+
+_LOOK_S = 1.0
+
+
+def next_of_stages(run_dir: Path, staged: StagedJob, advance: Callable[[Path], int | None]) -> int | None:
+    """Bring stages further by `advance`, until all are done or one has ended otherwise; then close the run.
+
+    Gives the exit code where a stage is to be gone on with by another controller, None where the run is closed.
+    """
+    folders: dict[str, Path] = {}
+    for stage in staged.stages:
+        is_begun = noted_stage(run_dir, stage) is not None
+        if not is_begun and cancel_requested(run_dir):
+            close(run_dir, _cancelled(run_dir))
+            return None
+        folder = _begun_stage(run_dir, staged, stage, folders)
+        folders[stage] = folder
+        with PassOn(run_dir, folder):
+            code = advance(folder)
+        ended = result(folder)
+        if ended is None:
+            return code if code is not None else 1
+        if ended["state"] != "succeeded":
+            close(run_dir, _as_stage_ended(stage, ended))
+            return None
+        _note_success(run_dir, stage)
+    close(run_dir, _all_done(run_dir, staged))
+    return None
+
+
+def _begun_stage(run_dir: Path, staged: StagedJob, stage: str, folders: dict[str, Path]) -> Path:
+    """The run folder of a stage, which is made where there is none; `folders` are those of earlier stages."""
+    runs = run_dir.parent
+    record = read_record(run_dir)
+    job = stage_job(staged, stage, folders)
+    of_inputs = stage_digests(staged, stage, record, job)
+    note = noted_stage(run_dir, stage)
+    if note is None:
+        key = key_of_stage(job, of_inputs)
+        done = stage_done(runs, key)
+        note = note_stage(run_dir, stage, StageNote(done or new_id(job.name), key, reused=done is not None))
+    folder = runs / note.run_id
+    if not note.reused:
+        frozen = frozen_of(job, record["cluster"], of_inputs, record.get("git"))
+        frozen["secrets"] = record.get("secrets", [])
+        create_run_folder(folder, {"run_id": note.run_id, **frozen, "stage_of": run_dir.name})
+        if result(folder) is None:
+            write_secrets(folder, read_secrets(run_dir))
+    return folder
+
+
+def _note_success(run_dir: Path, stage: str) -> None:
+    """Let other jobs do without a stage that this one has done."""
+    note = noted_stage(run_dir, stage)
+    if note is not None and not note.reused and "output" in list_names(run_dir.parent / note.run_id):
+        note_done(run_dir.parent, note)
+
+
+class PassOn(threading.Thread):
+    """Passes on to a stage what is asked of its job, as long as the stage is worked on."""
+
+    def __init__(self, run_dir: Path, stage_dir: Path) -> None:
+        super().__init__(daemon=True)
+        self._run_dir = run_dir
+        self._stage_dir = stage_dir
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "PassOn":
+        pass_on(self._run_dir, self._stage_dir)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look once a second, until the stage is not worked on any more."""
+        while not self._ended.wait(_LOOK_S):
+            with suppress(OSError):  # of a file system that is away for a moment
+                pass_on(self._run_dir, self._stage_dir)
+
+
+def pass_on(run_dir: Path, stage_dir: Path) -> None:
+    """Ask a stage to end as its job is asked to, once."""
+    if not cancel_requested(run_dir) or result(stage_dir) is not None:
+        return
+    saves = cancel_saves(run_dir)
+    if cancel_requested(stage_dir) and cancel_saves(stage_dir) == saves:
+        return
+    request_cancel(stage_dir, saves, why_cancelled(run_dir))
+
+
+def _cancelled(run_dir: Path) -> Record:
+    """The final word on a job that was cancelled between two stages."""
+    return final_word("cancelled", why_cancelled(run_dir), Verdict("cancelled", "").dump(), 0)
+
+
+def _as_stage_ended(stage: str, ended: Record) -> Record:
+    """The final word on a job one of whose stages has failed or was cancelled."""
+    reason = f"stage {stage}: {ended.get('reason') or ended['state']}"
+    return {**ended, "reason": reason}
+
+
+def _all_done(run_dir: Path, staged: StagedJob) -> Record:
+    """The final word on a job all of whose stages are done."""
+    reused = []
+    for stage in staged.stages:
+        note = noted_stage(run_dir, stage)
+        if note is not None and note.reused:
+            reused.append(stage)
+    reason = f"done before: {', '.join(reused)}" if reused else ""
+    final = final_word("succeeded", reason, Verdict("success", "").dump(), 0)
+    return {**final, "output_dir": None}  # each stage has its own
