@@ -33,8 +33,9 @@ def identity_of(frozen: Mapping[str, Any]) -> str:
 def _undated(job: Mapping[str, Any]) -> dict[str, Any]:
     """A job without its date, or that of each of its stages."""
     undated = dict(job)
-    if "data" in job:
-        undated["data"] = job["data"] | {"date": None}
+    for section in ("data", "generate"):
+        if section in job:
+            undated[section] = job[section] | {"date": None}
     if "stages" in job:
         undated["stages"] = {stage: _undated(its_job) for stage, its_job in job["stages"].items()}
     return undated

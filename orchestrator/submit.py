@@ -145,8 +145,8 @@ def _submit_to(
     backend = open_to_submit(cluster)
     submit_to = partial(submit_frozen, backend, run_id=run_id, pause_at=pause_at, announce=announce)
     if isinstance(job, StagedJob):
-        findings, warnings = check_stages(job, lambda seen: _checked(seen, backend, progress))
-        job_there, record = frozen_stages(job, findings, folder, cluster, backend, sent)
+        models, warnings = check_stages(job, backend.site.is_here, lambda seen: _checked(seen, backend, progress))
+        job_there, record = frozen_stages(job, models, folder, cluster, backend, sent)
         return submit_to(job_there, record, partial(Submission, cluster=cluster, warnings=warnings, why=why))
     checked = _checked(job, backend, progress)
     is_dated = job.data.date is None and writes_date(checked.model)
@@ -216,7 +216,11 @@ def dry_run(
         warn(f"cluster {name} would get it now ({choice.why})")
     backend = open_cluster(name)
     check = partial(_checked, cluster=backend, progress=lambda _source, _rows: None)
-    for warning in check_stages(job, check)[1] if isinstance(job, StagedJob) else check(job).warnings:
+    if isinstance(job, StagedJob):
+        _, warnings = check_stages(job, backend.site.is_here, check)
+    else:
+        warnings = check(job).warnings
+    for warning in warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
 

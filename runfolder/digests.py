@@ -10,6 +10,7 @@ import yaml
 
 from runfolder.evaluation_job import EvaluationJob
 from runfolder.files import sha256
+from runfolder.generation_job import GenerationJob
 from runfolder.job import Job
 from runfolder.sources import ClusterFile, SubmitterFile, file_of, parse_source
 from runfolder.staged_job import StagedJob
@@ -96,6 +97,16 @@ def _sample(path: Path) -> bytes:
     return b"".join(parts)
 
 
+def generation_digests(
+    job: GenerationJob, base: Path | None, digest_there: Callable[[Path], str | None] = sha256
+) -> Digests:
+    """sha256 of the files that a stage reads which writes, and of the base in folder `base`."""
+    found: Digests = {"base": folder_digest(base, scratch=False) if base else None}
+    for field, source in job.sources.items():
+        found[field] = file_digest(source, digest_there)
+    return found
+
+
 def frozen_digests(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
     path = run_dir / "job.yaml"
@@ -104,7 +115,7 @@ def frozen_digests(run_dir: Path) -> Digests:
     return by_field or {}
 
 
-def changes(job: Job | EvaluationJob | StagedJob, known: Mapping[str, str | None]) -> list[str]:
+def changes(job: Job | EvaluationJob | StagedJob | GenerationJob, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
     if isinstance(job, StagedJob):
         return _changes_of_stages(job, known)

@@ -20,6 +20,7 @@ from runfolder.appended import sealed_size
 from runfolder.chain import Attempt, last_slot, result, settle, slots
 from runfolder.delivered import tracked_run
 from runfolder.files import list_names, read_json, refresh, sha256
+from runfolder.generation_job import GenerationJob
 from runfolder.job import Job
 from runfolder.record import load_any_job
 from runfolder.row_results import last_row_results
@@ -174,7 +175,7 @@ def _needs_nothing(run_dir: Path, known: Known) -> bool:
     if tracked_run(run_dir) is None:
         return False
     job = load_any_job(run_dir)
-    return isinstance(job, Job | StagedJob) and job.tracking.uri is not None
+    return isinstance(job, Job | StagedJob | GenerationJob) and job.tracking.uri is not None
 
 
 class _Reader:

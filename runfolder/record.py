@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from runfolder.evaluation_job import AnyJob, any_job
 from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
+from runfolder.generation_job import GenerationJob
 from runfolder.job import Job
 from runfolder.service import ServiceSpec
 from runfolder.shapes import BRIEF, SUBMITTED
@@ -76,7 +77,7 @@ def load_job(run_dir: Path) -> Job:
     if isinstance(job, Job):
         return job
     path = run_dir / "job.yaml"
-    kinds = {ServiceSpec: "a service", StagedJob: "a job of stages"}
+    kinds = {ServiceSpec: "a service", StagedJob: "a job of stages", GenerationJob: "a job that writes"}
     kind = kinds.get(type(job), "an evaluation")
     raise Damaged(f"{path}: found {kind}; allowed: a job that trains")
 

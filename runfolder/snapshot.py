@@ -187,18 +187,25 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
-        mlflow=_read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
+        **_tracked(run_dir, files),
         delivered=ended is not None and is_delivered(run_dir),
-        undelivered=_read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
         data=plan.get("data"),
         asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
         cancelled=cancelled,
         hindrance=hindrance(run_dir) if ended is None and "hindered.json" in files else None,
         activity=activity,
         address=address,
-        stage=newest_stage(run_dir, brief.get("stages") or []),
+        stage=newest_stage(run_dir, brief.get("stages", [])),
         stage_of=brief.get("stage_of"),
     )
+
+
+def _tracked(run_dir: Path, files: Sequence[str]) -> dict[str, Any]:
+    """Which MLflow run a run has, and what holds its rows up."""
+    return {
+        "mlflow": _read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
+        "undelivered": _read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
+    }
 
 
 def _with_stage(run: Snapshot, in_full: bool) -> Snapshot:

@@ -7,10 +7,11 @@ of the output of the stage `answers`.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from runfolder.generation_job import GenerationJob, is_generation
 from runfolder.job import JOB_NAME, Job, Tracking
 from runfolder.resources import Resources, Section
 from runfolder.sources import StageOutput, parse_source
@@ -19,18 +20,31 @@ from runfolder.variables import Variables
 STAGE_NAME = re.compile(r"[a-z]([-a-z0-9]{0,18}[a-z0-9])?")
 
 
+def _kind_of_stage(stage: Any) -> str:
+    """Whether a stage writes or trains."""
+    writes = is_generation(stage) if isinstance(stage, dict) else isinstance(stage, GenerationJob)
+    return "generate" if writes else "train"
+
+
+AnyStage = Job | GenerationJob
+_ReadStage = Annotated[
+    Annotated[Job, Tag("train")] | Annotated[GenerationJob, Tag("generate")],
+    Discriminator(_kind_of_stage),
+]
+
+
 class StagedJob(Section):
     """Stages in the order in which they are done, and what all of them share: the place where they are done."""
 
     name: str = Field("job", description="what run ids begin with, as a job's name")
-    stages: dict[str, Job] = Field(min_length=1, description="the jobs, by the names of their stages")
+    stages: dict[str, _ReadStage] = Field(min_length=1, description="the jobs, by the names of their stages")
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     env: Variables = Field({}, description="variables for controller and workers; secret ones are kept apart")
 
     @field_validator("stages")
     @classmethod
-    def _has_names(cls, stages: dict[str, Job]) -> dict[str, Job]:
+    def _has_names(cls, stages: dict[str, AnyStage]) -> dict[str, AnyStage]:
         for stage, job in stages.items():
             if not STAGE_NAME.fullmatch(stage):
                 raise ValueError(f"found {stage!r}; allowed: at most 20 of a-z, 0-9 and -, from a letter on")
@@ -47,6 +61,12 @@ class StagedJob(Section):
                     allowed = ", ".join(earlier) or "none, as it is the first one"
                     found = f"found stage:{reference.stage}; allowed: an earlier stage ({allowed})"
                     raise ValueError(f"stages.{stage}.{field}: {found}")
+                if field == "base.model" and not isinstance(self.stages[reference.stage], Job):
+                    found = f"found stage:{reference.stage}, which writes rows; allowed: a stage that trains"
+                    raise ValueError(f"stages.{stage}.{field}: {found}")
+                if field != "base.model" and reference.file is None:
+                    allowed = f"a file of its output, like stage:{reference.stage}/rows.jsonl"
+                    raise ValueError(f"stages.{stage}.{field}: found stage:{reference.stage}; allowed: {allowed}")
             earlier.append(stage)
         return self
 
@@ -71,28 +91,39 @@ def is_staged(plain: Mapping[str, Any]) -> bool:
     return "stages" in plain
 
 
-def references(job: Job) -> dict[str, StageOutput]:
+def inputs_of(job: AnyStage) -> dict[str, str]:
+    """What a job reads that may be of another stage, by the field that names it."""
+    inputs = {"base.model": job.base.model, **job.sources}
+    inputs.pop("objective.reward", None)
+    return inputs
+
+
+def references(job: AnyStage) -> dict[str, StageOutput]:
     """What a job takes of other stages, by the field that names it."""
     found = {}
-    inputs = {"base.model": job.base.model, "data.train": job.data.train, "data.eval": job.data.eval or ""}
-    for field, text in inputs.items():
+    for field, text in inputs_of(job).items():
         source = parse_source(text)
         if isinstance(source, StageOutput):
             found[field] = source
     return found
 
 
-def with_inputs(job: Job, texts: Mapping[str, str]) -> Job:
-    """The job with other texts in its fields `base.model`, `data.train` and `data.eval`."""
-    base = job.base.model_copy(update=_within("base", texts))
-    data = job.data.model_copy(update=_within("data", texts))
-    return job.model_copy(update={"base": base, "data": data})
+def with_inputs(job: AnyStage, texts: Mapping[str, str]) -> AnyStage:
+    """The job with other texts in those fields that `inputs_of` gives."""
+    sections: dict[str, Any] = {"base": job.base.model_copy(update=_within("base", texts))}
+    if isinstance(job, Job):
+        sections["data"] = job.data.model_copy(update=_within("data", texts))
+    else:
+        sections["generate"] = job.generate.model_copy(update=_within("generate", texts))
+    return job.model_copy(update=sections)
 
 
-def model_folder(job: Job, run_dir: Path) -> Path:
+def model_folder(job: AnyStage, run_dir: Path) -> Path:
     """Where the run of a job leaves the model that later stages begin with."""
     output = run_dir / "output"
-    return output / "merged" if job.output.merge else output
+    if isinstance(job, Job) and job.output.merge:
+        return output / "merged"
+    return output
 
 
 def _within(section: str, texts: Mapping[str, str]) -> dict[str, str]:

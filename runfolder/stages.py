@@ -15,7 +15,7 @@ from runfolder.chain import reopen, result
 from runfolder.files import Record, list_names, read_json, take_name, write_json
 from runfolder.shapes import STAGE_NOTE
 
-_NOTE = "run.json"
+_NOTE_FILE = "run.json"
 _DONE = ".stages"
 
 
@@ -87,9 +87,9 @@ def reopen_stages(run_dir: Path, stages: Iterable[str]) -> None:
 
 
 def _read_note(folder: Path) -> StageNote | None:
-    if _NOTE not in list_names(folder):
+    if _NOTE_FILE not in list_names(folder):
         return None
-    record = read_json(folder / _NOTE, STAGE_NOTE)
+    record = read_json(folder / _NOTE_FILE, STAGE_NOTE)
     return StageNote(record["run_id"], record["key"], record["reused"])
 
 
@@ -98,5 +98,5 @@ def _take_note(folder: Path, note: StageNote) -> None:
     token = uuid.uuid4().hex
     prepared = folder.parent / f".{token}"
     prepared.mkdir(parents=True)
-    write_json(prepared / _NOTE, asdict(note))
+    write_json(prepared / _NOTE_FILE, asdict(note))
     take_name(prepared, folder)

@@ -128,10 +128,11 @@ class Engine:
     def step(self) -> None:
         """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
         self.scheduler.admit()
+        is_filling = bool(self.scheduler.filling)  # prompts that are only scored end in this step
         self._fill()
         if self.scheduler.running:
             self._advance()
-        elif self.scheduler.waiting and not self.scheduler.filling:
+        elif self.scheduler.waiting and not is_filling:
             self._refuse(self.scheduler.waiting.first())
 
     @torch.inference_mode()

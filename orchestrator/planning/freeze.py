@@ -18,7 +18,7 @@ from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
 from runfolder.evaluation_job import AnyJob
 from runfolder.group_objectives import GroupOptions
-from runfolder.job import Job
+from runfolder.job import Base, Job
 from runfolder.objective import ObjectiveOptions
 from runfolder.site import Site
 from runfolder.sources import SubmitterFile, parse_source
@@ -47,18 +47,23 @@ def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Pat
 
 def absolute(job: Job, folder: Path) -> Job:
     """The job with its paths made absolute: relative to `folder` if they exist there, else to the current one."""
-    train = _absolute_source(job.data.train, folder)
+    train = absolute_source(job.data.train, folder)
     evaluation = None
     if job.data.eval:
-        evaluation = _absolute_source(job.data.eval, folder)
+        evaluation = absolute_source(job.data.eval, folder)
     sources = {"train": train, "eval": evaluation}
     data = job.data.model_copy(update=sources)
-    base = job.base
-    base_folder = _existing(base.model, folder)
-    if base_folder and base_folder.is_dir():
-        base = base.model_copy(update={"model": str(base_folder)})
+    base = absolute_base(job.base, folder)
     objective = with_reward_file(job, lambda file: _reward_path(file, folder))
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
+
+
+def absolute_base(base: Base, folder: Path) -> Base:
+    """A base with the path of its folder made absolute, where it is one."""
+    found = _existing(base.model, folder)
+    if found is None or not found.is_dir():
+        return base
+    return base.model_copy(update={"model": str(found)})
 
 
 def with_reward_file(job: Job, moved: Callable[[str], str]) -> ObjectiveOptions:
@@ -162,7 +167,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _absolute_source(source: str, folder: Path) -> str:
+def absolute_source(source: str, folder: Path) -> str:
     """A data source as an absolute path, unless it is none of this machine."""
     path = _existing(source, folder)
     if path is not None:

@@ -125,13 +125,18 @@ def _read_text(path: Path) -> str:
 
 
 def spelled_out(plain: PlainJob) -> PlainJob:
-    """Bare strings as the mappings that they stand for."""
-    spelled_out = dict(plain)
+    """Bare strings as the mappings that they stand for, those of its stages too."""
+    whole = dict(plain)
     for key, inner_key in SHORT.items():
         value = plain.get(key)
         if isinstance(value, str):
-            spelled_out[key] = {inner_key: value}
-    return spelled_out
+            whole[key] = {inner_key: value}
+    stages = plain.get("stages")
+    if isinstance(stages, dict):
+        whole["stages"] = {}
+        for stage, job in stages.items():
+            whole["stages"][stage] = spelled_out(job) if isinstance(job, dict) else job
+    return whole
 
 
 def _override(plain: PlainJob, text: str) -> PlainJob:

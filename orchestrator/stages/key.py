@@ -6,16 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from orchestrator.planning.freeze import with_reward_file
-from runfolder.digests import Digests, digests, of_stage
+from runfolder.digests import Digests, digests, generation_digests, of_stage
 from runfolder.files import Record
 from runfolder.job import Job
-from runfolder.staged_job import StagedJob, model_folder, references, with_inputs
+from runfolder.staged_job import AnyStage, StagedJob, model_folder, references, with_inputs
 
-_PLACE = ("name", "resources", "tracking", "checkpoint", "env")  # sections that change nothing of what is learned
-_PATHS = ("data.train", "data.eval", "objective.reward")
+_OF_PLACE = ("name", "resources", "tracking", "checkpoint", "env")  # sections that change nothing of what is learned
 
 
-def stage_job(staged: StagedJob, stage: str, folders: dict[str, Path]) -> Job:
+def stage_job(staged: StagedJob, stage: str, folders: dict[str, Path]) -> AnyStage:
     """The job of a stage, with paths where it names earlier ones; `folders` are the run folders of those."""
     job = staged.stages[stage]
     paths = {}
@@ -29,37 +28,36 @@ def stage_job(staged: StagedJob, stage: str, folders: dict[str, Path]) -> Job:
     return with_inputs(job, paths)
 
 
-def stage_digests(staged: StagedJob, stage: str, record: Record, job: Job) -> Digests:
+def stage_digests(staged: StagedJob, stage: str, record: Record, job: AnyStage) -> Digests:
     """The digests of what the job of a stage reads: as they were submitted, and of what earlier stages have left."""
     frozen = of_stage(record.get("digests") or {}, stage)
     from_stages = references(staged.stages[stage])
     if not from_stages:
         return frozen
     base = Path(job.base.model)
-    now = digests(job, base if base.is_dir() else None)
+    place = base if base.is_dir() else None
+    now = digests(job, place) if isinstance(job, Job) else generation_digests(job, place)
     for field in from_stages:
         digested = "base" if field == "base.model" else field
         frozen[digested] = now[digested]
     return frozen
 
 
-def key_of_stage(job: Job, of_inputs: Digests) -> str:
+def key_of_stage(job: AnyStage, of_inputs: Digests) -> str:
     """A digest of what a job learns, and from what: equal ones have equal outputs, wherever they lie."""
     texts = {}
-    for field in _PATHS:
-        digest = of_inputs.get(field)
+    for field, digest in of_inputs.items():
         if digest is not None:
-            texts[field] = digest
-    if of_inputs.get("base") is not None:
-        texts["base.model"] = str(of_inputs["base"])
+            text_field = "base.model" if field == "base" else field
+            texts[text_field] = digest
     named = with_inputs(job, texts)
     reward = texts.get("objective.reward")
-    if reward is not None:
+    if reward is not None and isinstance(job, Job):
         objective = with_reward_file(job, lambda _: reward)
         named = named.model_copy(update={"objective": objective})
     plain = named.dump()
-    for section in _PLACE:
-        del plain[section]
+    for section in _OF_PLACE:
+        plain.pop(section, None)
     text = json.dumps([version("fleetune"), plain], sort_keys=True)
     hashed = hashlib.sha256(text.encode())
     return hashed.hexdigest()

@@ -11,14 +11,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import JobSource, absolute
-from orchestrator.planning.spec import PlainJob, load_yaml, overridden, spelled_out, validate
+from orchestrator.planning.freeze import JobSource
+from orchestrator.planning.spec import PlainJob, load_yaml, overridden, spelled_out, validate, validated
+from orchestrator.stages.inputs import absolute_stage
+from runfolder.generation_job import GenerationJob, is_generation
 from runfolder.job import Base, Job
 from runfolder.sources import StageOutput, parse_source
-from runfolder.staged_job import StagedJob, is_staged
+from runfolder.staged_job import AnyStage, StagedJob, is_staged
 
 OF_ALL_STAGES = ("resources", "tracking", "env")  # said once, above the stages
-_WHOLE = ("base", "method", "objective")
+_REPLACED = ("base", "method", "objective")
 
 
 def read_staged(source: JobSource, overrides: Iterable[str] = ()) -> tuple[StagedJob, Path] | None:
@@ -39,7 +41,9 @@ def read_staged(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Stage
     if not is_staged(plain):
         return None
     staged = staged_of(overridden(plain, overrides), name)
-    stages = {stage: absolute(job, folder) for stage, job in staged.stages.items()}
+    stages = {}
+    for stage, job in staged.stages.items():
+        stages[stage] = absolute_stage(job, folder)
     return staged.model_copy(update={"stages": stages}), folder
 
 
@@ -79,7 +83,7 @@ def base_of_stage(staged: StagedJob, stage: str) -> Base:
     return base
 
 
-def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> Job:
+def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> AnyStage:
     """The job of a stage; raises InputError with one line per error."""
     where = f"{source}: stages.{stage}"
     if not isinstance(written, dict):
@@ -89,7 +93,27 @@ def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> Job:
             raise InputError(f"{where}.{key}: it is said once for all stages; allowed: {key} above stages")
     plain = merged_sections(spelled_out(common), spelled_out(written))
     plain["name"] = f"{common.get('name', 'job')}-{stage}"
-    return validate(plain, (), where)
+    if not is_generation(written):
+        return validate(plain, (), where)
+    own = dict(written)
+    for key, value in plain.items():
+        if key in GenerationJob.model_fields:
+            own[key] = value
+    own["resources"] = _one_worker(plain.get("resources"))
+    return validated(GenerationJob, own, (), where)
+
+
+def _one_worker(resources: Any) -> Any:
+    """What a stage that writes needs of what all stages have: one worker, of the same kind."""
+    if not isinstance(resources, dict):
+        return {}
+    one = {}
+    for key in ("walltime", "grace"):
+        if key in resources:
+            one[key] = resources[key]
+    if resources.get("gpus_per_node"):
+        one["gpus_per_node"] = 1
+    return one
 
 
 def merged_sections(common: PlainJob, own: PlainJob) -> PlainJob:
@@ -97,21 +121,22 @@ def merged_sections(common: PlainJob, own: PlainJob) -> PlainJob:
     merged = dict(common)
     for key, value in own.items():
         before = merged.get(key)
-        if key not in _WHOLE and isinstance(before, dict) and isinstance(value, dict):
+        if key not in _REPLACED and isinstance(before, dict) and isinstance(value, dict):
             merged[key] = {**before, **value}
         else:
             merged[key] = value
     return merged
 
 
-def _leave_models(jobs: dict[str, Job]) -> None:
+def _leave_models(jobs: dict[str, AnyStage]) -> None:
     """Have those stages leave a whole model with which later ones begin; raises InputError where one cannot."""
     for job in list(jobs.values()):
         source = parse_source(job.base.model)
         if not isinstance(source, StageOutput) or source.stage not in jobs:
             continue
         before = jobs[source.stage]
-        if not before.method.makes_model:
-            output = {"merge": True}
-            plain = before.dump() | {"output": output}
-            jobs[source.stage] = validate(plain, (), f"stages.{source.stage}, whose model a later stage begins with")
+        if isinstance(before, Job) and not before.method.makes_model:
+            plain = before.dump()
+            plain["output"] = {"merge": True}
+            where = f"stages.{source.stage}, with whose model a later stage begins"
+            jobs[source.stage] = validate(plain, (), where)

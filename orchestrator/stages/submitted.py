@@ -1,48 +1,54 @@
 """The submission of a job of stages: all of them are checked and frozen, and one request goes to the cluster."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 from clusters.base import Cluster
 from orchestrator.backends import make_request
 from orchestrator.errors import InputError
-from orchestrator.planning.freeze import Sent, brought, frozen_of, git_state, input_digests, places_before
-from orchestrator.planning.preflight import Findings
-from orchestrator.planning.survey import with_date, writes_date
+from orchestrator.planning.freeze import Sent, frozen_of, git_state
+from orchestrator.planning.model import Model
 from orchestrator.runs import new_id
+from orchestrator.stages.inputs import CheckJob, brought_stage, check_inputs, dated_stage, digests_of_stage
 from orchestrator.stages.spec import base_of_stage
 from runfolder.digests import Digests
 from runfolder.files import Record
-from runfolder.job import Job
-from runfolder.staged_job import StagedJob, references
-
-CheckStage = Callable[[Job], Findings]
+from runfolder.staged_job import StagedJob
 
 
-def check_stages(staged: StagedJob, check: CheckStage) -> tuple[dict[str, Findings], tuple[str, ...]]:
-    """What the checks of each stage found, and their warnings; raises InputError with one line for each problem.
+def check_stages(staged: StagedJob, is_here: bool, check: CheckJob) -> tuple[dict[str, Model], tuple[str, ...]]:
+    """The base of each stage, and warnings; raises InputError with one line for each problem.
 
-    What a stage takes of another one is checked when it begins, as far as it is not the base's shape.
+    What a stage takes of another one is checked when it begins, as far as it is not the base's shape. `is_here`: the
+    cluster's files are this machine's. `check` is that of a job that trains.
     """
-    findings = {}
+    models = {}
     problems = []
     warnings = []
     for stage, job in staged.stages.items():
-        seen = job.model_copy(update={"base": base_of_stage(staged, stage)})
+        base = base_of_stage(staged, stage)
+        seen = job.model_copy(update={"base": base})
         try:
-            findings[stage] = check(seen)
+            models[stage], of_stage = check_inputs(seen, is_here, check)
         except InputError as error:
-            problems += [f"stages.{stage}: {line}" for line in str(error).splitlines()]
+            problems += _of_stage(stage, str(error).splitlines())
             continue
-        warnings += [f"stages.{stage}: {warning}" for warning in findings[stage].warnings]
+        warnings += _of_stage(stage, of_stage)
     if problems:
         raise InputError("\n".join(problems))
-    return findings, tuple(warnings)
+    return models, tuple(warnings)
+
+
+def _of_stage(stage: str, texts: Iterable[str]) -> list[str]:
+    """Texts that say of which stage they are."""
+    marked = []
+    for text in texts:
+        marked.append(f"stages.{stage}: {text}")
+    return marked
 
 
 def frozen_stages(
-    staged: StagedJob, findings: dict[str, Findings], folder: Path, cluster: str, backend: Cluster, sent: Sent
+    staged: StagedJob, models: dict[str, Model], folder: Path, cluster: str, backend: Cluster, sent: Sent
 ) -> tuple[StagedJob, Record]:
     """The job with its files where it runs, and what RUN_DIR/job.yaml says beside the run id."""
     make_request(backend, staged, new_id(staged.name))  # what is refused is so before files are sent
@@ -51,21 +57,17 @@ def frozen_stages(
     before = {}
     is_dated = False
     for stage, job in staged.stages.items():
-        model = findings[stage].model
-        if job.data.date is None and writes_date(model):
-            job = with_date(job)
-            is_dated = True
-        if "base.model" in references(job):
-            own = partial(input_digests, job, None, backend.site)
-        else:
-            own = partial(input_digests, job, model.folder, backend.site)
-        there = brought(job, model, backend.site, sent)
+        model = models[stage]
+        dated = dated_stage(job, model)
+        is_dated |= dated != job
+        there, places = brought_stage(dated, model, backend.site, sent)
+        stages[stage] = there
         prefix = f"stages.{stage}."
-        for field, digest in own().items():
+        own_digests = digests_of_stage(dated, model, backend.site)
+        for field, digest in own_digests.items():
             digests[prefix + field] = digest
-        for field, place in places_before(job, there).items():
+        for field, place in places.items():
             before[prefix + field] = place
-        stages[stage] = there.at_width(model.hidden_size)
     frozen_job = staged.model_copy(update={"stages": stages})
     record = frozen_of(frozen_job, cluster, digests, git_state(folder))
     return frozen_job, record | {"dated": is_dated, "sent": before}

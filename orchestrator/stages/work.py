@@ -21,7 +21,7 @@ from runfolder.secrets import read_secrets, write_secrets
 from runfolder.staged_job import StagedJob
 from runfolder.stages import StageNote, note_done, note_stage, noted_stage, stage_done
 
-_LOOK_S = 1.0
+_PASSED_ON_S = 1.0
 
 
 def next_of_stages(run_dir: Path, staged: StagedJob, advance: Callable[[Path], int | None]) -> int | None:
@@ -60,7 +60,10 @@ def _begun_stage(run_dir: Path, staged: StagedJob, stage: str, folders: dict[str
     if note is None:
         key = key_of_stage(job, of_inputs)
         done = stage_done(runs, key)
-        note = note_stage(run_dir, stage, StageNote(done or new_id(job.name), key, reused=done is not None))
+        run_id = done or new_id(job.name)
+        reused = done is not None
+        wanted = StageNote(run_id, key, reused)
+        note = note_stage(run_dir, stage, wanted)
     folder = runs / note.run_id
     if not note.reused:
         frozen = frozen_of(job, record["cluster"], of_inputs, record.get("git"))
@@ -73,9 +76,13 @@ def _begun_stage(run_dir: Path, staged: StagedJob, stage: str, folders: dict[str
 
 def _note_success(run_dir: Path, stage: str) -> None:
     """Let other jobs do without a stage that this one has done."""
+    runs = run_dir.parent
     note = noted_stage(run_dir, stage)
-    if note is not None and not note.reused and "output" in list_names(run_dir.parent / note.run_id):
-        note_done(run_dir.parent, note)
+    if note is None or note.reused:
+        return
+    files = list_names(runs / note.run_id)
+    if "output" in files:
+        note_done(runs, note)
 
 
 class PassOn(threading.Thread):
@@ -98,7 +105,7 @@ class PassOn(threading.Thread):
 
     def run(self) -> None:
         """Look once a second, until the stage is not worked on any more."""
-        while not self._ended.wait(_LOOK_S):
+        while not self._ended.wait(_PASSED_ON_S):
             with suppress(OSError):  # of a file system that is away for a moment
                 pass_on(self._run_dir, self._stage_dir)
 
@@ -115,7 +122,9 @@ def pass_on(run_dir: Path, stage_dir: Path) -> None:
 
 def _cancelled(run_dir: Path) -> Record:
     """The final word on a job that was cancelled between two stages."""
-    return final_word("cancelled", why_cancelled(run_dir), Verdict("cancelled", "").dump(), 0)
+    why = why_cancelled(run_dir)
+    verdict = Verdict("cancelled", "").dump()
+    return final_word("cancelled", why, verdict, 0)
 
 
 def _as_stage_ended(stage: str, ended: Record) -> Record:
@@ -131,6 +140,8 @@ def _all_done(run_dir: Path, staged: StagedJob) -> Record:
         note = noted_stage(run_dir, stage)
         if note is not None and note.reused:
             reused.append(stage)
-    reason = f"done before: {', '.join(reused)}" if reused else ""
-    final = final_word("succeeded", reason, Verdict("success", "").dump(), 0)
+    names = ", ".join(reused)
+    reason = f"done before: {names}" if reused else ""
+    verdict = Verdict("success", "").dump()
+    final = final_word("succeeded", reason, verdict, 0)
     return {**final, "output_dir": None}  # each stage has its own

@@ -13,18 +13,17 @@ from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.runs import Handle, handles, run_ids, runs_folder
 from orchestrator.tracking.delivery import Delivery, deliver_held_up
+from orchestrator.tracking.password import KINDS_TRACKED
 from orchestrator.tracking.store import check_uri, sqlite_file
 from orchestrator.tracking.trouble import Trouble, trouble_of_run
 from runfolder.chain import last_attempt, result
 from runfolder.delivered import is_delivered, note_delivered, tracked_run
-from runfolder.job import Job
 from runfolder.mirror import Mirror, mirrored_from
 from runfolder.news import UNREADABLE
 from runfolder.record import load_any_job
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
-from runfolder.staged_job import StagedJob
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
 Undelivered = dict[str, str]  # run id or cluster -> why MLflow has not got all of it
@@ -146,7 +145,7 @@ def _is_reached(run_dir: Path) -> bool:
     An evaluation has none of its own.
     """
     job = load_any_job(run_dir)
-    if not isinstance(job, Job | StagedJob):
+    if not isinstance(job, KINDS_TRACKED):
         return False
     uri = job.tracking.uri
     if uri is None or mirrored_from(run_dir) is None:

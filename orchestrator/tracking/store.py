@@ -21,17 +21,16 @@ from clusters.controllers import is_collected
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import machine_tags
 from orchestrator.tracking.facts import datasets, job_params, job_tags
-from orchestrator.tracking.password import TRACKING_URI
+from orchestrator.tracking.password import KINDS_TRACKED, TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import attempts, result
 from runfolder.files import Record, list_names, read_json, take_name, write_json
 from runfolder.folders import home
-from runfolder.job import Job, Tracking
+from runfolder.job import Tracking
 from runfolder.mirror import mirrored_from
 from runfolder.record import load_any_job, load_job, read_brief, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
-from runfolder.staged_job import StagedJob
 from runfolder.variables import public
 
 RUN_ID_TAG = "fleetune.run_id"
@@ -133,7 +132,7 @@ def is_left_to_others(run_dir: Path) -> bool:
     What comes of an evaluation is in the runs of its adapters, once the answers are judged.
     """
     job = load_any_job(run_dir)
-    if not isinstance(job, Job | StagedJob):
+    if not isinstance(job, KINDS_TRACKED):
         return True
     return is_collected() and job.tracking.uri is None
 
@@ -141,7 +140,7 @@ def is_left_to_others(run_dir: Path) -> bool:
 def _tracking(run_dir: Path) -> Tracking:
     """Where the metrics of a run go; raises Damaged for one that has none."""
     job = load_any_job(run_dir)
-    if isinstance(job, StagedJob):
+    if isinstance(job, KINDS_TRACKED):
         return job.tracking
     return load_job(run_dir).tracking
 
@@ -176,10 +175,11 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
 
 def _open_parent(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> str | None:
     """Open or adopt the MLflow run of the job that a run is a stage of; None for a run that is none."""
-    whole = read_brief(run_dir, list_names(run_dir)).get("stage_of")
-    if whole is None or not (run_dir.parent / whole).exists():
+    files = list_names(run_dir)
+    whole = read_brief(run_dir, files).get("stage_of")
+    folder = run_dir.parent / str(whole)
+    if whole is None or not folder.exists():
         return None
-    folder = run_dir.parent / whole
     parent = open_run(client, folder, uri, fence)
     mlflow_run_id: str = parent.info.run_id
     if result(folder) is None and parent.info.status != "RUNNING":

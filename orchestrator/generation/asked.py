@@ -1,0 +1,130 @@
+"""The base of a stage that writes, which is asked for one column after another."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.evaluation.evaluate import base_tokenizer
+from orchestrator.evaluation.questions import Preparation
+from orchestrator.evaluation.task import TaskSpec
+from orchestrator.generation.principles import Principle, seed_of_row
+from orchestrator.generation.written import ROW_ID, WrittenRow, cut_at, prompt_of
+from orchestrator.planning.model import folder_of_base
+from runfolder.generation_job import AnswerColumn, GenerationJob, JudgedColumns
+from serving.kept import AnswersFile, KeptAnswer
+from serving.question import Question
+
+_DIGITS_OF_P = 3  # of a probability, so that rounding in another batch shows nowhere
+Counted = Callable[[int], None]  # how many questions of a column are answered
+
+
+class AskedBase:
+    """A base that is loaded when something is asked that has no answer yet."""
+
+    def __init__(self, job: GenerationJob, principles: list[Principle], base_digest: str | None) -> None:
+        from serving.lone_base import LoneBase
+
+        self.job = job
+        self.principles = principles
+        tokenizer, ends = base_tokenizer(job.base)
+        self._preparation = Preparation(tokenizer, ends)
+        base = job.base
+        digest = base_digest or f"{base.model}@{base.revision}"
+        place = str(folder_of_base(base) or base.model)
+        self._base = LoneBase(place, base.revision, digest, tokenizer)
+
+    def file(self, kept: Path, name: str) -> AnswersFile:
+        """The file of the answers from which a column is made."""
+        return self._base.file(kept, f"{self.job.name}.{name}")
+
+    def write(
+        self, name: str, column: AnswerColumn, rows: list[WrittenRow], file: AnswersFile, done: Counted
+    ) -> None:
+        """Give each row what the base writes in a column."""
+        prompts = []
+        for row in rows:
+            prompt = self._prompt(column.prompt, row, column.round)
+            prompts.append(prompt)
+        task = self._task(max_new_tokens=column.max_new_tokens, stop=column.stop)
+        questions = []
+        greedy = self._preparation.answers_to(task, prompts)
+        for row, question in zip(rows, greedy, strict=True):
+            row_id = str(row[ROW_ID])
+            seed = seed_of_row(row_id, self.job.generate.seed, name)
+            drawn = _with_draw(question, column.temperature, seed)
+            questions.append(drawn)
+        answers = self._answers(questions, file, done)
+        for row, answer in zip(rows, answers, strict=True):
+            row[name] = cut_at(answer.text or "", column.stop)
+
+    def judge(self, column: JudgedColumns, rows: list[WrittenRow], file: AnswersFile, done: Counted) -> None:
+        """Give each row the better and the worse one of two columns, and how likely the first is that."""
+        prompts = []
+        for row in rows:
+            first = row[column.first]
+            second = row[column.second]
+            in_order = {**row, "first": first, "second": second}
+            swapped_row = {**row, "first": second, "second": first}
+            for either in (in_order, swapped_row):
+                prompt = self._prompt(column.judge, either, column.round)
+                prompts.append(prompt)
+        task = self._task()
+        questions = self._preparation.choices_after(task, prompts, column.answers)
+        answers = self._answers(questions, file, done)
+        of_first = answers[0::2]
+        of_second = answers[1::2]
+        for row, straight, swapped in zip(rows, of_first, of_second, strict=True):
+            likely = _likely_first(straight)
+            likely += 1 - _likely_first(swapped)
+            p_first = round(likely / 2, _DIGITS_OF_P)
+            better, worse = column.first, column.second
+            if p_first < 1 / 2:
+                better, worse = worse, better
+            chosen = row[better]
+            rejected = row[worse]
+            row |= {"chosen": chosen, "rejected": rejected, "p_first": p_first}
+
+    def _prompt(self, template: str, row: WrittenRow, round_number: int) -> str:
+        return prompt_of(template, row, self.principles, self.job.generate.seed, round_number)
+
+    def _task(self, **how: Any) -> TaskSpec:
+        """How prompts are asked, as tasks say it."""
+        generate = self.job.generate
+        return TaskSpec(
+            name="generate",
+            kind="exact_match",
+            data=generate.rows,
+            chat=generate.chat,
+            date=generate.date,
+            **how,
+        )
+
+    def _answers(self, questions: Sequence[Question], file: AnswersFile, done: Counted) -> list[KeptAnswer]:
+        """The answers to questions, of which those are asked that have none."""
+        by_key = {question.key: question for question in questions}
+        missing = [question for key, question in by_key.items() if key not in file.answers]
+        before = len(questions) - len(missing)
+        if missing:
+            self._base.ask(missing, file, lambda answered: done(before + answered))
+        return [file.answers[question.key] for question in questions]
+
+
+def _with_draw(question: Question, temperature: float, seed: int) -> Question:
+    """A question whose answer is drawn, where that is wanted."""
+    if temperature == 0:
+        return question
+    return Question(
+        question.prompt,
+        question.new_tokens,
+        question.stop,
+        question.stop_texts,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def _likely_first(answer: KeptAnswer) -> float:
+    """How likely the first of two texts is, of both."""
+    first, second = answer.log_likelihoods
+    return 1 / (1 + math.exp(min(second - first, 700.0)))
