@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from runfolder.generation_job import GenerationJob, is_generation
-from runfolder.job import JOB_NAME, Job, Tracking
+from runfolder.job import Job, Tracking
 from runfolder.resources import Resources, Section
 from runfolder.sources import StageOutput, parse_source
 from runfolder.variables import Variables
@@ -41,16 +41,6 @@ class StagedJob(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     env: Variables = Field({}, description="variables for controller and workers; secret ones are kept apart")
-
-    @field_validator("stages")
-    @classmethod
-    def _has_names(cls, stages: dict[str, AnyStage]) -> dict[str, AnyStage]:
-        for stage, job in stages.items():
-            if not STAGE_NAME.fullmatch(stage):
-                raise ValueError(f"found {stage!r}; allowed: at most 20 of a-z, 0-9 and -, from a letter on")
-            if not JOB_NAME.fullmatch(job.name):
-                raise ValueError(f"{stage}: name and stage together, {job.name!r}, have more than 32 characters")
-        return stages
 
     @model_validator(mode="after")
     def _refers_to_earlier_stages(self) -> "StagedJob":

@@ -17,7 +17,7 @@ from orchestrator.stages.inputs import absolute_stage
 from runfolder.generation_job import GenerationJob, is_generation
 from runfolder.job import Base, Job
 from runfolder.sources import StageOutput, parse_source
-from runfolder.staged_job import AnyStage, StagedJob, is_staged
+from runfolder.staged_job import STAGE_NAME, AnyStage, StagedJob, is_staged
 
 OF_ALL_STAGES = ("resources", "tracking", "env")  # said once, above the stages
 _REPLACED = ("base", "method", "objective")
@@ -86,6 +86,10 @@ def base_of_stage(staged: StagedJob, stage: str) -> Base:
 def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> AnyStage:
     """The job of a stage; raises InputError with one line per error."""
     where = f"{source}: stages.{stage}"
+    if not STAGE_NAME.fullmatch(stage):
+        raise InputError(
+            f"{source}: stages: found {stage!r}; allowed: at most 20 of a-z, 0-9 and -, from a letter on"
+        )
     if not isinstance(written, dict):
         raise InputError(f"{where}: found {written!r}; allowed: a mapping of keys like data and train")
     for key in ("name", "stages", *OF_ALL_STAGES):

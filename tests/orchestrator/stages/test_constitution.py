@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from stages_here import do_all_stages
 
 import fleetune
 from orchestrator.generation.principles import drawn_principle
-from runfolder.files import Record
 from runfolder.stages import noted_stage, stage_folders
 
 ROOT = Path(__file__).parents[3]
@@ -51,10 +51,10 @@ def answered(folder: Path) -> list[float]:
 
 @pytest.mark.usefixtures("home")
 def test_a_model_learns_from_its_principles_and_a_change_redoes_what_depends_on_it(
-    example: Path, all_stages: Callable[[Path], Record]
+    example: Path, launch: Callable[..., None]
 ) -> None:
     first = fleetune.submit(example, overrides=FEW).run_dir
-    assert all_stages(first)["state"] == "succeeded"
+    assert do_all_stages(first, launch)["state"] == "succeeded"
     folders = stage_folders(first, STAGES)
     revised = measured(folders["revise"])
     assert revised["harm_before_share"] > 0.9 and revised["harm_revised_share"] < 0.1
@@ -65,14 +65,14 @@ def test_a_model_learns_from_its_principles_and_a_change_redoes_what_depends_on_
     assert {row["id"] for row in rows_of(folders["sample"])} >= {pair["id"] for pair in pairs}
 
     again = fleetune.submit(example, overrides=[*FEW, "stages.dpo.objective.beta=0.3"]).run_dir
-    assert all_stages(again)["reason"] == "done before: revise, sft, sample, judge"
+    assert do_all_stages(again, launch)["reason"] == "done before: revise, sft, sample, judge"
     assert stage_folders(again, STAGES)["dpo"] != folders["dpo"]
 
     principles = example.with_name("constitution.yaml")
     text = principles.read_text()
     principles.write_text(text.replace("compare: is saw there?", "compare: is the saw there?"))
     other = fleetune.submit(example, overrides=FEW).run_dir
-    all_stages(other)
+    do_all_stages(other, launch)
     notes = {stage: noted_stage(other, stage) for stage in STAGES}
     reused = {stage for stage, note in notes.items() if note is not None and note.reused}
     assert {"sft", "sample"} <= reused, "what the first stage reads has changed, and what it writes has not"
