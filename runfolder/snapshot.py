@@ -187,8 +187,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
-        **_tracked(run_dir, files),
-        delivered=ended is not None and is_delivered(run_dir),
+        **_in_mlflow(run_dir, files, ended is not None),
         data=plan.get("data"),
         asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
         cancelled=cancelled,
@@ -200,9 +199,10 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     )
 
 
-def _tracked(run_dir: Path, files: Sequence[str]) -> dict[str, Any]:
-    """Which MLflow run a run has, and what holds its rows up."""
+def _in_mlflow(run_dir: Path, files: Sequence[str], is_closed: bool) -> dict[str, Any]:
+    """Which MLflow run a run has, whether that has all of it, and what holds its rows up."""
     return {
+        "delivered": is_closed and is_delivered(run_dir),
         "mlflow": _read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
         "undelivered": _read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
     }

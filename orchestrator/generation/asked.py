@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.evaluation.evaluate import base_tokenizer
 from orchestrator.evaluation.questions import Preparation
 from orchestrator.evaluation.task import TaskSpec
-from orchestrator.generation.principles import Principle, seed_of_row
-from orchestrator.generation.written import ROW_ID, WrittenRow, cut_at, prompt_of
+from orchestrator.generation.written import WrittenRow, cut_at, id_of_row, prompt_of
 from orchestrator.planning.model import folder_of_base
+from runfolder.draws import Principle, seed_of_row
 from runfolder.generation_job import AnswerColumn, GenerationJob, JudgedColumns
 from serving.kept import AnswersFile, KeptAnswer
 from serving.question import Question
 
 _DIGITS_OF_P = 3  # of a probability, so that rounding in another batch shows nowhere
+_LARGEST_POWER = 700.0  # of e, that a float holds
 Counted = Callable[[int], None]  # how many questions of a column are answered
 
 
@@ -31,7 +33,8 @@ class AskedBase:
         self._preparation = Preparation(tokenizer, ends)
         base = job.base
         digest = base_digest or f"{base.model}@{base.revision}"
-        place = str(folder_of_base(base) or base.model)
+        folder = folder_of_base(base)
+        place = str(folder or base.model)
         self._base = LoneBase(place, base.revision, digest, tokenizer)
 
     def file(self, kept: Path, name: str) -> AnswersFile:
@@ -50,15 +53,22 @@ class AskedBase:
         questions = []
         greedy = self._preparation.answers_to(task, prompts)
         for row, question in zip(rows, greedy, strict=True):
-            row_id = str(row[ROW_ID])
+            row_id = id_of_row(row)
             seed = seed_of_row(row_id, self.job.generate.seed, name)
             drawn = _with_draw(question, column.temperature, seed)
             questions.append(drawn)
         answers = self._answers(questions, file, done)
         for row, answer in zip(rows, answers, strict=True):
-            row[name] = cut_at(answer.text or "", column.stop)
+            text = answer.text or ""
+            row[name] = cut_at(text, column.stop)
 
-    def judge(self, column: JudgedColumns, rows: list[WrittenRow], file: AnswersFile, done: Counted) -> None:
+    def judge(
+        self,
+        column: JudgedColumns,
+        rows: list[WrittenRow],
+        file: AnswersFile,
+        done: Counted,
+    ) -> None:
         """Give each row the better and the worse one of two columns, and how likely the first is that."""
         prompts = []
         for row in rows:
@@ -86,7 +96,8 @@ class AskedBase:
             row |= {"chosen": chosen, "rejected": rejected, "p_first": p_first}
 
     def _prompt(self, template: str, row: WrittenRow, round_number: int) -> str:
-        return prompt_of(template, row, self.principles, self.job.generate.seed, round_number)
+        seed = self.job.generate.seed
+        return prompt_of(template, row, self.principles, seed, round_number)
 
     def _task(self, **how: Any) -> TaskSpec:
         """How prompts are asked, as tasks say it."""
@@ -100,31 +111,38 @@ class AskedBase:
             **how,
         )
 
-    def _answers(self, questions: Sequence[Question], file: AnswersFile, done: Counted) -> list[KeptAnswer]:
+    def _answers(
+        self,
+        questions: Sequence[Question],
+        file: AnswersFile,
+        done: Counted,
+    ) -> list[KeptAnswer]:
         """The answers to questions, of which those are asked that have none."""
-        by_key = {question.key: question for question in questions}
-        missing = [question for key, question in by_key.items() if key not in file.answers]
+        missing: dict[str, Question] = {}
+        for question in questions:
+            if question.key not in file.answers:
+                missing[question.key] = question
         before = len(questions) - len(missing)
         if missing:
-            self._base.ask(missing, file, lambda answered: done(before + answered))
-        return [file.answers[question.key] for question in questions]
+            asked = list(missing.values())
+            self._base.ask(asked, file, lambda answered: done(before + answered))
+        answers = []
+        for question in questions:
+            answer = file.answers[question.key]
+            answers.append(answer)
+        return answers
 
 
 def _with_draw(question: Question, temperature: float, seed: int) -> Question:
     """A question whose answer is drawn, where that is wanted."""
     if temperature == 0:
         return question
-    return Question(
-        question.prompt,
-        question.new_tokens,
-        question.stop,
-        question.stop_texts,
-        temperature=temperature,
-        seed=seed,
-    )
+    return replace(question, temperature=temperature, seed=seed)
 
 
 def _likely_first(answer: KeptAnswer) -> float:
     """How likely the first of two texts is, of both."""
     first, second = answer.log_likelihoods
-    return 1 / (1 + math.exp(min(second - first, 700.0)))
+    difference = min(second - first, _LARGEST_POWER)
+    odds = math.exp(difference)
+    return 1 / (1 + odds)

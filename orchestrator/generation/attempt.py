@@ -13,11 +13,12 @@ from pathlib import Path
 from orchestrator.errors import InputError
 from orchestrator.evaluation.attempt import EvaluationStopped, EvaluationWork, leave_answers
 from orchestrator.generation.asked import AskedBase
-from orchestrator.generation.principles import Principle, principles_of
+from orchestrator.generation.principles import principles_of
 from orchestrator.generation.written import WrittenRow, check_columns, is_match, read_written
 from runfolder.chain import Attempt, attempts
 from runfolder.digests import changes, frozen_digests
-from runfolder.files import list_names, sync_folder
+from runfolder.draws import Principle
+from runfolder.files import sync_folder
 from runfolder.folders import home
 from runfolder.generation_job import GenerationJob, JudgedColumns, MadeColumn, MatchColumn
 from runfolder.record import load_any_job
@@ -36,9 +37,11 @@ def generate_attempt(run_dir: Path, number: int) -> bool:
     attempt = Attempt(run_dir, number)
     job = load_any_job(run_dir)
     assert isinstance(job, GenerationJob)
-    changed = changes(job, frozen_digests(run_dir))
+    frozen = frozen_digests(run_dir)
+    changed = changes(job, frozen)
     if changed:
-        raise InputError("\n".join(changed))
+        lines = "\n".join(changed)
+        raise InputError(lines)
     principles = principles_of(job)
     rows = read_written(job.generate.rows)
     check_columns(job.generate, rows, principles)
@@ -123,9 +126,12 @@ class WritingStage:
         """Say in the last row what was measured."""
         steps = self._work.steps
         self._work.done = steps
-        now = time.time()
-        count = len(self._rows)
-        record = {"step": steps, "time": now, "rows_written": count, **self._measured}
+        record = {
+            "step": steps,
+            "time": time.time(),
+            "rows_written": len(self._rows),
+            **self._measured,
+        }
         self._attempt.append("metrics.jsonl", record)
 
 
@@ -173,11 +179,13 @@ def _go_on_with(attempt: Attempt, kept: Path, shared: Path, job: GenerationJob) 
     if attempt.start is not None:
         sources.append(checkpoint_folder(attempt, attempt.start.step))
     for earlier in attempts(attempt.run_dir):
-        if earlier.number < attempt.number and "answers" in list_names(earlier.folder):
-            sources.append(earlier.folder / "answers")
+        if earlier.number < attempt.number:
+            answers = earlier.folder / "answers"
+            sources.append(answers)
     for source in sources:
         for path in source.glob(f"*/{job.name}.*/base.jsonl"):
-            merge_answers(path, kept / path.relative_to(source))
+            place = path.relative_to(source)
+            merge_answers(path, kept / place)
 
 
 def _leave_rows(attempt: Attempt, rows: list[WrittenRow]) -> None:
@@ -185,7 +193,8 @@ def _leave_rows(attempt: Attempt, rows: list[WrittenRow]) -> None:
     unfinished = attempt.folder / "output.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    with (unfinished / ROWS_FILE).open("w") as stream:
+    path = unfinished / ROWS_FILE
+    with path.open("w") as stream:
         for row in rows:
             line = json.dumps(row, ensure_ascii=False, default=str)
             stream.write(f"{line}\n")

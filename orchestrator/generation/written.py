@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.generation.principles import Principle, drawn_principle
+from runfolder.draws import Principle, drawn_principle
 from runfolder.generation_job import AnswerColumn, Generate, JudgedColumns, MadeColumn
 from trainer.data.cells import shown_in_template
 from trainer.data.files import describe_value, records
@@ -28,7 +28,9 @@ def read_written(source: str) -> list[WrittenRow]:
             found = describe_value(record)
             raise InputError(f"{source}, row {number}: found {found}; allowed: an object with named fields")
         row = dict(record)
-        row_id = str(row.setdefault(ROW_ID, digest_of_row(row)))
+        digest = digest_of_row(row)
+        row.setdefault(ROW_ID, digest)
+        row_id = id_of_row(row)
         if row_id in seen:
             continue  # the same row again, of which nothing else would be written
         seen.add(row_id)
@@ -38,6 +40,12 @@ def read_written(source: str) -> list[WrittenRow]:
     return rows
 
 
+def id_of_row(row: WrittenRow) -> str:
+    """The id of a row, as a text."""
+    row_id = row[ROW_ID]
+    return str(row_id)
+
+
 def digest_of_row(row: WrittenRow) -> str:
     """An id for a row that has none."""
     text = json.dumps(row, sort_keys=True, default=str)
@@ -45,26 +53,41 @@ def digest_of_row(row: WrittenRow) -> str:
     return digest.hexdigest()[:16]
 
 
-def prompt_of(template: str, row: WrittenRow, principles: list[Principle], seed: int, round_number: int) -> str:
+def prompt_of(
+    template: str,
+    row: WrittenRow,
+    principles: list[Principle],
+    seed: int,
+    round_number: int,
+) -> str:
     """A template with the columns of a row, and the principle that it draws; raises InputError."""
     values = {}
+    row_id = id_of_row(row)
     for name in names_in(template):
-        where = f"row {row[ROW_ID]}, field {name}"
+        where = f"row {row_id}, field {name}"
         if name.startswith(_OF_PRINCIPLE) and principles:
-            principle = drawn_principle(principles, str(row[ROW_ID]), seed, round_number)
-            values[name] = _field_of(principle, name.removeprefix(_OF_PRINCIPLE))
+            principle = drawn_principle(principles, row_id, seed, round_number)
+            values[name] = _field_of(principle, name)
         else:
-            values[name] = shown_in_template(row[name], where)
+            value = row[name]
+            values[name] = shown_in_template(value, where)
     return fill_template(template, values)
 
 
-def _field_of(principle: Principle, field: str) -> str:
-    if field not in principle:
-        raise InputError(f"principle {principle[ROW_ID]}: found no {field}; allowed: with {field}, as a prompt asks")
-    return principle[field]
+def _field_of(principle: Principle, name: str) -> str:
+    """What a template gets for `principle.field`; raises InputError where a principle lacks it."""
+    field = name.removeprefix(_OF_PRINCIPLE)
+    if field in principle:
+        return principle[field]
+    principle_id = principle[ROW_ID]
+    raise InputError(f"principle {principle_id}: found no {field}; allowed: with {field}, as a prompt asks")
 
 
-def check_columns(generate: Generate, rows: Iterable[WrittenRow], principles: list[Principle]) -> None:
+def check_columns(
+    generate: Generate,
+    rows: Iterable[WrittenRow],
+    principles: list[Principle],
+) -> None:
     """Raise InputError where a column asks for one that a row does not have, or a principle that is not there."""
     made: list[str] = []
     needed: dict[str, str] = {}
@@ -77,9 +100,12 @@ def check_columns(generate: Generate, rows: Iterable[WrittenRow], principles: li
         made += columns_made(name, column)
     for row in rows:
         for wanted, name in needed.items():
-            if wanted not in row:
-                there = ", ".join(map(repr, row))
-                raise InputError(f"generate.columns.{name}: row {row[ROW_ID]} has no {wanted!r}; it has {there}")
+            if wanted in row:
+                continue
+            names = map(repr, row)
+            there = ", ".join(names)
+            row_id = id_of_row(row)
+            raise InputError(f"generate.columns.{name}: row {row_id} has no {wanted!r}; it has {there}")
 
 
 def columns_wanted(column: MadeColumn) -> list[str]:
@@ -87,8 +113,11 @@ def columns_wanted(column: MadeColumn) -> list[str]:
     if isinstance(column, AnswerColumn):
         return names_in(column.prompt)
     if isinstance(column, JudgedColumns):
-        in_template = [name for name in names_in(column.judge) if name not in ("first", "second")]
-        return [*in_template, column.first, column.second]
+        wanted = [column.first, column.second]
+        for name in names_in(column.judge):
+            if name not in ("first", "second"):
+                wanted.append(name)
+        return wanted
     return [column.column]
 
 
@@ -104,7 +133,7 @@ def _check_principles(name: str, wanted: str, principles: list[Principle]) -> No
     if not principles:
         raise InputError(f"generate.columns.{name}: found {{{wanted}}} without generate.principles")
     for principle in principles:
-        _field_of(principle, wanted.removeprefix(_OF_PRINCIPLE))
+        _field_of(principle, wanted)
 
 
 def cut_at(text: str, stops: Iterable[str]) -> str:
@@ -116,4 +145,6 @@ def cut_at(text: str, stops: Iterable[str]) -> str:
 
 def is_match(expression: str, text: object) -> int:
     """1 where a text has what an expression finds, else 0."""
-    return int(re.search(expression, str(text)) is not None)
+    shown = str(text)
+    found = re.search(expression, shown)
+    return int(found is not None)

@@ -41,7 +41,7 @@ def absolute_stage(job: AnyStage, folder: Path) -> AnyStage:
     return moved.model_copy(update={"base": base})
 
 
-def check_inputs(job: AnyStage, is_here: bool, check: CheckJob) -> tuple[Model, tuple[str, ...]]:
+def check_stage_inputs(job: AnyStage, is_here: bool, check: CheckJob) -> tuple[Model, tuple[str, ...]]:
     """The base of a stage, and warnings; raises InputError where something is wrong with what it reads.
 
     What earlier stages make is not there yet. `check` is that of a job that trains.
@@ -55,7 +55,7 @@ def check_inputs(job: AnyStage, is_here: bool, check: CheckJob) -> tuple[Model, 
         principles = principles_of(job)
         rows: list[WrittenRow] = []
         if _is_readable(generate.rows, is_here):
-            rows = _rows_of(generate.rows)
+            rows = _readable_rows(generate.rows)
         check_columns(generate, rows, principles)
     return model, ()
 
@@ -68,7 +68,7 @@ def _is_readable(source: str, is_here: bool) -> bool:
     return isinstance(parsed, SubmitterFile)
 
 
-def _rows_of(source: str) -> list[WrittenRow]:
+def _readable_rows(source: str) -> list[WrittenRow]:
     """The rows of a file; raises InputError."""
     try:
         return read_written(source)

@@ -63,9 +63,12 @@ def staged_of(plain: PlainJob, source: str) -> StagedJob:
     if problems:
         raise InputError("\n".join(problems))
     _leave_models(jobs)
-    shared = {key: common[key] for key in ("name", *OF_ALL_STAGES) if key in common}
+    shared: PlainJob = {"stages": jobs}
+    for key in ("name", *OF_ALL_STAGES):
+        if key in common:
+            shared[key] = common[key]
     try:
-        return StagedJob.model_validate({**shared, "stages": jobs})
+        return StagedJob.model_validate(shared)
     except ValidationError as error:
         lines = []
         for flaw in error.errors(include_url=False):
@@ -95,15 +98,18 @@ def _stage_job(common: PlainJob, stage: str, written: Any, source: str) -> AnySt
     for key in ("name", "stages", *OF_ALL_STAGES):
         if key in written:
             raise InputError(f"{where}.{key}: it is said once for all stages; allowed: {key} above stages")
-    plain = merged_sections(spelled_out(common), spelled_out(written))
-    plain["name"] = f"{common.get('name', 'job')}-{stage}"
+    of_all = spelled_out(common)
+    own = spelled_out(written)
+    plain = merged_sections(of_all, own)
+    name = common.get("name", "job")
+    plain["name"] = f"{name}-{stage}"
     if not is_generation(written):
         return validate(plain, (), where)
-    own = dict(written)
     for key, value in plain.items():
         if key in GenerationJob.model_fields:
             own[key] = value
-    own["resources"] = _one_worker(plain.get("resources"))
+    resources = plain.get("resources")
+    own["resources"] = _one_worker(resources)
     return validated(GenerationJob, own, (), where)
 
 

@@ -9,14 +9,18 @@ from orchestrator.errors import InputError
 from orchestrator.planning.freeze import Sent, frozen_of, git_state
 from orchestrator.planning.model import Model
 from orchestrator.runs import new_id
-from orchestrator.stages.inputs import CheckJob, brought_stage, check_inputs, dated_stage, digests_of_stage
+from orchestrator.stages.inputs import CheckJob, brought_stage, check_stage_inputs, dated_stage, digests_of_stage
 from orchestrator.stages.spec import base_of_stage
 from runfolder.digests import Digests
 from runfolder.files import Record
 from runfolder.staged_job import StagedJob
 
 
-def check_stages(staged: StagedJob, is_here: bool, check: CheckJob) -> tuple[dict[str, Model], tuple[str, ...]]:
+def check_stages(
+    staged: StagedJob,
+    is_here: bool,
+    check: CheckJob,
+) -> tuple[dict[str, Model], tuple[str, ...]]:
     """The base of each stage, and warnings; raises InputError with one line for each problem.
 
     What a stage takes of another one is checked when it begins, as far as it is not the base's shape. `is_here`: the
@@ -29,7 +33,7 @@ def check_stages(staged: StagedJob, is_here: bool, check: CheckJob) -> tuple[dic
         base = base_of_stage(staged, stage)
         seen = job.model_copy(update={"base": base})
         try:
-            models[stage], of_stage = check_inputs(seen, is_here, check)
+            models[stage], of_stage = check_stage_inputs(seen, is_here, check)
         except InputError as error:
             problems += _of_stage(stage, str(error).splitlines())
             continue
@@ -48,7 +52,12 @@ def _of_stage(stage: str, texts: Iterable[str]) -> list[str]:
 
 
 def frozen_stages(
-    staged: StagedJob, models: dict[str, Model], folder: Path, cluster: str, backend: Cluster, sent: Sent
+    staged: StagedJob,
+    models: dict[str, Model],
+    folder: Path,
+    cluster: str,
+    backend: Cluster,
+    sent: Sent,
 ) -> tuple[StagedJob, Record]:
     """The job with its files where it runs, and what RUN_DIR/job.yaml says beside the run id."""
     make_request(backend, staged, new_id(staged.name))  # what is refused is so before files are sent

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from orchestrator.planning.freeze import frozen_of
 from orchestrator.runs import new_id
-from orchestrator.stages.key import key_of_stage, stage_digests, stage_job
 from orchestrator.verdict import Verdict
 from runfolder.chain import close, result
 from runfolder.files import Record, list_names
@@ -18,13 +17,19 @@ from runfolder.outcome import final_word
 from runfolder.record import create_run_folder, read_record
 from runfolder.requests import cancel_requested, cancel_saves, request_cancel, why_cancelled
 from runfolder.secrets import read_secrets, write_secrets
+from runfolder.stage_key import key_of_stage, stage_digests, stage_job
 from runfolder.staged_job import StagedJob
 from runfolder.stages import StageNote, note_done, note_stage, noted_stage, stage_done
 
 _PASSED_ON_S = 1.0
+AdvanceStage = Callable[[Path], int | None]  # brings the run of a stage further; gives what `next_of_stages` does
 
 
-def next_of_stages(run_dir: Path, staged: StagedJob, advance: Callable[[Path], int | None]) -> int | None:
+def next_of_stages(
+    run_dir: Path,
+    staged: StagedJob,
+    advance: AdvanceStage,
+) -> int | None:
     """Bring stages further by `advance`, until all are done or one has ended otherwise; then close the run.
 
     Gives the exit code where a stage is to be gone on with by another controller, None where the run is closed.
@@ -50,7 +55,12 @@ def next_of_stages(run_dir: Path, staged: StagedJob, advance: Callable[[Path], i
     return None
 
 
-def _begun_stage(run_dir: Path, staged: StagedJob, stage: str, folders: dict[str, Path]) -> Path:
+def _begun_stage(
+    run_dir: Path,
+    staged: StagedJob,
+    stage: str,
+    folders: dict[str, Path],
+) -> Path:
     """The run folder of a stage, which is made where there is none; `folders` are those of earlier stages."""
     runs = run_dir.parent
     record = read_record(run_dir)
@@ -66,11 +76,15 @@ def _begun_stage(run_dir: Path, staged: StagedJob, stage: str, folders: dict[str
         note = note_stage(run_dir, stage, wanted)
     folder = runs / note.run_id
     if not note.reused:
-        frozen = frozen_of(job, record["cluster"], of_inputs, record.get("git"))
+        git = record.get("git")
+        frozen = frozen_of(job, record["cluster"], of_inputs, git)
+        frozen["run_id"] = note.run_id
         frozen["secrets"] = record.get("secrets", [])
-        create_run_folder(folder, {"run_id": note.run_id, **frozen, "stage_of": run_dir.name})
+        frozen["stage_of"] = run_dir.name
+        create_run_folder(folder, frozen)
         if result(folder) is None:
-            write_secrets(folder, read_secrets(run_dir))
+            secrets = read_secrets(run_dir)
+            write_secrets(folder, secrets)
     return folder
 
 
@@ -117,7 +131,8 @@ def pass_on(run_dir: Path, stage_dir: Path) -> None:
     saves = cancel_saves(run_dir)
     if cancel_requested(stage_dir) and cancel_saves(stage_dir) == saves:
         return
-    request_cancel(stage_dir, saves, why_cancelled(run_dir))
+    why = why_cancelled(run_dir)
+    request_cancel(stage_dir, saves, why)
 
 
 def _cancelled(run_dir: Path) -> Record:

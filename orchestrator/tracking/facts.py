@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.password import secrets_of
+from orchestrator.tracking.password import KINDS_TRACKED, secrets_of
 from runfolder.appended import read_lines
 from runfolder.chain import attempts
 from runfolder.costs import read_costs
 from runfolder.files import Record
-from runfolder.job import Job
+from runfolder.job import Job, Tracking
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_any_job
+from runfolder.record import load_any_job, load_job
 from runfolder.snapshot import read_plan
 from runfolder.staged_job import StagedJob
 from runfolder.stages import stage_folders
@@ -32,6 +32,14 @@ def state_in_mlflow(status: str) -> str:
         if word == status:
             return state
     return status.lower()
+
+
+def tracking_of(run_dir: Path) -> Tracking:
+    """Where the metrics of a run go; raises Damaged for one that has none."""
+    job = load_any_job(run_dir)
+    if isinstance(job, KINDS_TRACKED):
+        return job.tracking
+    return load_job(run_dir).tracking
 
 
 def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
@@ -66,7 +74,8 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(job, Job):
         tags["fleetune.method"] = job.method.kind
     if isinstance(job, StagedJob):
-        for stage, folder in stage_folders(run_dir, job.stages).items():
+        folders = stage_folders(run_dir, job.stages)
+        for stage, folder in folders.items():
             tags[f"fleetune.stages.{stage}"] = folder.name
     tags["fleetune.run_dir"] = mirrored_from(run_dir) or str(run_dir)
     for fact, mlflow_name in _MLFLOW_TAGS.items():

@@ -20,15 +20,14 @@ from urllib.parse import urlsplit
 from clusters.controllers import is_collected
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import machine_tags
-from orchestrator.tracking.facts import datasets, job_params, job_tags
+from orchestrator.tracking.facts import datasets, job_params, job_tags, tracking_of
 from orchestrator.tracking.password import KINDS_TRACKED, TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import attempts, result
 from runfolder.files import Record, list_names, read_json, take_name, write_json
 from runfolder.folders import home
-from runfolder.job import Tracking
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_any_job, load_job, read_brief, read_record
+from runfolder.record import load_any_job, read_brief, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
 from runfolder.variables import public
@@ -117,7 +116,7 @@ def ui_command(uri: str | None, port: int = 5000) -> tuple[list[str], dict[str, 
 def address(run_dir: Path) -> str:
     """The URI of the MLflow that gets a run, with its password: of the one that has it, else of the one asked for."""
     secrets = read_secrets(run_dir)
-    requested = secrets.get(TRACKING_URI) or resolve(_tracking(run_dir).uri)
+    requested = secrets.get(TRACKING_URI) or resolve(tracking_of(run_dir).uri)
     record = counting_run(run_dir)
     if record is None:
         return requested
@@ -137,14 +136,6 @@ def is_left_to_others(run_dir: Path) -> bool:
     return is_collected() and job.tracking.uri is None
 
 
-def _tracking(run_dir: Path) -> Tracking:
-    """Where the metrics of a run go; raises Damaged for one that has none."""
-    job = load_any_job(run_dir)
-    if isinstance(job, KINDS_TRACKED):
-        return job.tracking
-    return load_job(run_dir).tracking
-
-
 def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> Any:
     """Open or adopt the one MLflow run of a run folder; `fence` is called before anything is made.
 
@@ -152,7 +143,7 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     back, and not made anew beside it, without being asked. The rows stay in the run folder.
     """
     parent = _open_parent(client, run_dir, uri, fence)
-    experiment_name = _tracking(run_dir).experiment
+    experiment_name = tracking_of(run_dir).experiment
     experiment = _experiment(client, experiment_name, uri)
     mlflow_run_ids = _tagged_runs(client, experiment, run_dir.name)
     counts_for_all = (run_dir / "mlflow").exists() or mirrored_from(run_dir) is None

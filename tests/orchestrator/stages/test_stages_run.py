@@ -103,6 +103,7 @@ def test_a_model_is_tuned_then_preferred_and_what_has_not_changed_is_not_done_ag
     assert ended is not None and ended["reason"] == "done before: sft"
 
 
+@pytest.mark.chaos
 def test_it_is_cancelled_and_resumed_as_one_and_stands_the_death_of_its_controller(
     cluster: Local, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:

@@ -5,9 +5,9 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from orchestrator.planning.freeze import with_reward_file
 from runfolder.digests import Digests, digests, generation_digests, of_stage
 from runfolder.files import Record
+from runfolder.group_objectives import GroupOptions
 from runfolder.job import Job
 from runfolder.staged_job import AnyStage, StagedJob, model_folder, references, with_inputs
 
@@ -52,8 +52,8 @@ def key_of_stage(job: AnyStage, of_inputs: Digests) -> str:
             texts[text_field] = digest
     named = with_inputs(job, texts)
     reward = texts.get("objective.reward")
-    if reward is not None and isinstance(job, Job):
-        objective = with_reward_file(job, lambda _: reward)
+    if reward is not None and isinstance(job, Job) and isinstance(job.objective, GroupOptions):
+        objective = job.objective.with_reward_file(reward)
         named = named.model_copy(update={"objective": objective})
     plain = named.dump()
     for section in _OF_PLACE:
