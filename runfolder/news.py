@@ -33,7 +33,7 @@ _LARGEST_RESULTS = 4 << 20  # the largest file of an evaluation's rows that come
 _APPENDED = re.compile(r"attempts/([1-9]\d{0,8})/((?:events|metrics|system)\.jsonl)")
 _WHOLE = re.compile(
     r"(?:job\.yaml|run\.json|result\.json|mlflow/run\.json|attempts/[1-9]\d{0,8}/(?:claim|seals|verdict)\.json"
-    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl"
+    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl|stages/[a-z][-a-z0-9]{0,19}/run\.json"
     r"|output(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}){1,9})"
 )
 
@@ -133,6 +133,8 @@ def mirrored_files(run_dir: Path) -> list[str]:
             files.append(f"attempts/{slot.number}/{name}")
     if _has_shared_run(run_dir):
         files.append("mlflow/run.json")
+    for stage in list_names(run_dir / "stages"):
+        files.append(f"stages/{stage}/run.json")
     with suppress(*UNREADABLE):  # half a mirror: the file comes last
         files += _last_evaluation(run_dir)
     for path in (run_dir / "output").rglob("*"):

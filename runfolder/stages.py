@@ -50,6 +50,16 @@ def stage_folders(run_dir: Path, stages: Iterable[str]) -> dict[str, Path]:
     return folders
 
 
+def begun_stages(run_dir: Path) -> list[str]:
+    """The runs of all stages of a job that have begun; none of another job, or of a folder that is not there."""
+    run_ids = []
+    for name in list_names(run_dir / "stages"):
+        note = noted_stage(run_dir, name)
+        if note is not None:
+            run_ids.append(note.run_id)
+    return run_ids
+
+
 def newest_stage(run_dir: Path, stages: Sequence[str]) -> Record | None:
     """The last one of the stages that have begun: {name, number, of, run_id, run_dir}; None before the first."""
     newest = None

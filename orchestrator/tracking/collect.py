@@ -24,6 +24,7 @@ from runfolder.record import load_any_job
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
+from runfolder.stages import begun_stages
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
 Undelivered = dict[str, str]  # run id or cluster -> why MLflow has not got all of it
@@ -113,8 +114,20 @@ def _folders(cluster: str, its_run_ids: list[str]) -> Iterator[tuple[Path, str |
             yield site.root / run_id, None
         return
     mirror = Mirror.of_cluster(cluster)
+    stages: list[str] = []
+    staged = []
     for run_id, flaw in mirror.update(site, its_run_ids):
+        run_dir = mirror.run_dir(run_id)
+        begun = [] if flaw else begun_stages(run_dir)
+        stages += begun
+        if begun:
+            staged.append(run_dir)
+        else:
+            yield run_dir, flaw
+    for run_id, flaw in mirror.update(site, stages):
         yield mirror.run_dir(run_id), flaw
+    for run_dir in staged:  # once its stages are there, by which it is told how far it has come
+        yield run_dir, None
 
 
 def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:

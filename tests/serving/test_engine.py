@@ -161,3 +161,10 @@ def test_log_likelihoods_are_those_of_the_logits(base: Path, exported: dict[str,
         expected = [float(log_TV[at - 1, PROMPT[at]]) for at in range(20, 30)]
         (found,) = engine.log_likelihoods([Request(PROMPT, name)], [20])
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_more_texts_are_scored_than_the_engine_has_rows(base: Path) -> None:
+    engine = engine_of(base, rows=2)
+    (alone,) = engine.log_likelihoods([Request(PROMPT)], [20])
+    found = engine.log_likelihoods([Request(PROMPT)] * 5, [20] * 5)
+    assert all(scores == pytest.approx(alone, abs=1e-4) for scores in found) and len(found) == 5
