@@ -10,7 +10,7 @@ from orchestrator.arguments import ClusterOption, JobArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
 
 if TYPE_CHECKING:
-    from orchestrator.planning.plan import Plan
+    from orchestrator.stages.planned import StagePlan
 
 look_app = typer.Typer()
 
@@ -45,16 +45,17 @@ def plan_command(
     return show_plan(job_plan)
 
 
-def _show_stages(plans: "dict[str, Plan]", as_json: bool) -> None:
+def _show_stages(plans: "dict[str, StagePlan]", as_json: bool) -> None:
     """Show the plans of the stages of a job, one below another."""
-    from orchestrator.render import show_plan
+    from orchestrator.stages.shown import show_stage
 
     clear_count()
     if as_json:
-        return print_json({"stages": {stage: plan.dump() for stage, plan in plans.items()}})
-    for number, (stage, plan) in enumerate(plans.items(), start=1):
+        by_stage = {stage: plan.dump() for stage, plan in plans.items()}
+        return print_json({"stages": by_stage})
+    for number, stage in enumerate(plans, start=1):
         print(f"stage {number} of {len(plans)}: {stage}")
-        show_plan(plan)
+        show_stage(plans[stage])
         print()
     return None
 

@@ -53,10 +53,8 @@ def check_stage_inputs(job: AnyStage, is_here: bool, check: CheckJob) -> tuple[M
     generate = job.generate
     if _is_readable(generate.principles or "", is_here):
         principles = principles_of(job)
-        rows: list[WrittenRow] = []
-        if _is_readable(generate.rows, is_here):
-            rows = _readable_rows(generate.rows)
-        check_columns(generate, rows, principles)
+        rows = readable_rows(generate.rows, is_here)
+        check_columns(generate, rows or (), principles)
     return model, ()
 
 
@@ -68,8 +66,10 @@ def _is_readable(source: str, is_here: bool) -> bool:
     return isinstance(parsed, SubmitterFile)
 
 
-def _readable_rows(source: str) -> list[WrittenRow]:
-    """The rows of a file; raises InputError."""
+def readable_rows(source: str, is_here: bool) -> list[WrittenRow] | None:
+    """The rows of a file that is there before any stage is done, None: it is not; raises InputError."""
+    if not _is_readable(source, is_here):
+        return None
     try:
         return read_written(source)
     except ValueError as error:  # a RowError
