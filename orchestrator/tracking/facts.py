@@ -21,6 +21,7 @@ _MLFLOW_TAGS = {
     "fleetune.git.commit": "mlflow.source.git.commit",
     "fleetune.versions.fleetune": "fleetune.version",
 }
+NOT_TRAINING = "fleetune.not_training"  # of a job of stages as a whole, and of a stage that writes
 MACHINE = "machine"  # the event that says what machine an attempt runs on
 _CONTEXTS = {"train": "training", "eval": "evaluation"}
 STATUSES = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}  # MLflow's words for ours
@@ -73,6 +74,8 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     tags["fleetune.name"] = job.name
     if isinstance(job, Job):
         tags["fleetune.method"] = job.method.kind
+    else:
+        tags[NOT_TRAINING] = "true"
     if isinstance(job, StagedJob):
         folders = stage_folders(run_dir, job.stages)
         for stage, folder in folders.items():

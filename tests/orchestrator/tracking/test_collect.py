@@ -21,6 +21,7 @@ import fleetune
 from clusters.controllers import COLLECTED, controller_command
 from fleetune import InputError
 from orchestrator import backends, runs
+from orchestrator.comparison.run import load_runs
 from orchestrator.tracking import store
 from orchestrator.tracking.collect import deliver_all
 from orchestrator.tracking.delivery import Delivery
@@ -534,3 +535,5 @@ def test_a_job_of_stages_is_one_run_with_those_of_its_stages_below_it(far_home: 
         assert child.data.tags[store.PARENT_TAG] == parent.info.run_id and child.info.status == "FINISHED"
         assert series(None, folder) == expected((1, 1, 3))
     assert deliver_all() == {} and len(runs_of(None, whole)) == 1
+    compared = {run.run_id for run in load_runs(store.client(store.resolve(None)), "fakes", "")}
+    assert compared >= {folder.name for folder in folders} and whole.name not in compared
