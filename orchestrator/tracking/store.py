@@ -262,7 +262,7 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _create_mlflow_run(client: Any, experiment: str, run_dir: Path, parent: str | None) -> str:
+def _create_mlflow_run(client: Any, experiment: str, run_dir: Path, parent: str | None = None) -> str:
     """Make an MLflow run that begins when the first attempt did, or a job of stages; gives its id."""
     tried = attempts(run_dir)
     began = tried[0].claim["time"] if tried else read_record(run_dir)["submitted"]
