@@ -1,4 +1,7 @@
-"""A job of two stages from the submission to its end, on a local cluster with real Ray and MLflow."""
+"""A job of two stages from the submission to its end, on a local cluster with real Ray and MLflow (make chaos).
+
+In `make test`, test_stages_work.py lets its controller die at each write, and test_constitution.py does all stages.
+"""
 
 import json
 import os
@@ -21,7 +24,7 @@ from orchestrator.tracking.store import PARENT_TAG, RUN_ID_TAG, counting_run
 from runfolder.chain import attempts, result
 from runfolder.stages import noted_stage, stage_folders
 
-pytestmark = [pytest.mark.skipif(not CAN_TRAP, reason=WHY_NOT), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.skipif(not CAN_TRAP, reason=WHY_NOT), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,6 @@ def test_a_model_is_tuned_then_preferred_and_what_has_not_changed_is_not_done_ag
     assert ended is not None and ended["reason"] == "done before: sft"
 
 
-@pytest.mark.chaos
 def test_it_is_cancelled_and_resumed_as_one_and_stands_the_death_of_its_controller(
     cluster: Local, tmp_path: Path, tiny_base: Path, sums: Path
 ) -> None:

@@ -10,6 +10,7 @@ import yaml
 from jobs import make_job
 
 import fleetune
+from orchestrator import controller
 from orchestrator.stages import work
 from orchestrator.submit import dry_run
 from runfolder.chain import claim_next, last_attempt, result
@@ -140,7 +141,8 @@ def test_what_is_asked_of_a_job_is_asked_of_its_stage(home: Path, tmp_path: Path
         site.ask(run_dir.name, "pause", 3)
     other = fleetune.submit(write_stages(tmp_path), overrides=["name=other"]).run_dir
     site.ask(other.name, "cancel")
-    go_on(other)
+    assert controller.take_further(other) == 0
+    assert fleetune.status(other.name).state == "cancelled"
     assert not stage_folders(other, ["first", "second"]), "nothing was begun"
 
 
