@@ -167,16 +167,19 @@ class Cluster(Protocol):
 def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> dict[str, Standing]:
     """How runs of a cluster stand whose folders are on this machine; None: all of them.
 
-    The cluster is asked about those alone that have no result. Where it does not answer, they are unknown.
+    The cluster is asked about those alone that have no result; about a stage, as about the job that it is one of.
+    Where it does not answer, they are unknown.
     """
     if run_ids is None:
         run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids, in_full)
-    open_runs = [run_id for run_id, run in snapshots.items() if run.result is None]
+    submitted_as = {run_id: run.stage_of or run_id for run_id, run in snapshots.items() if run.result is None}
+    open_runs = list(dict.fromkeys(submitted_as.values()))
     try:
-        statuses = cluster.status(open_runs)
+        by_submission = cluster.status(open_runs)
     except Unreachable as error:
-        statuses = dict.fromkeys(open_runs, ClusterStatus("unknown", str(error)))
+        by_submission = dict.fromkeys(open_runs, ClusterStatus("unknown", str(error)))
+    statuses = {run_id: by_submission[submission] for run_id, submission in submitted_as.items()}
     closed = [run_id for run_id, status in statuses.items() if status.state == "ended"]
     if closed:  # their results may be there by now
         later = cluster.site.snapshots(closed, in_full)

@@ -17,6 +17,7 @@ from runfolder.evaluation_job import AnyJob
 from runfolder.resources import Section
 from runfolder.service import ServiceSpec
 from runfolder.sources import ClusterFile, file_of, parse_source
+from runfolder.staged_job import StagedJob
 
 _PATH_PART = r"[\w.@+=-]{1,255}"  # a runtime takes , and : of an option for the end of a path
 _PLAIN_PATH = rf"(/{_PATH_PART}){{1,32}}"
@@ -80,6 +81,8 @@ def _folders_of(job: AnyJob, home: Path) -> Iterator[tuple[str, Path]]:
         is_there = isinstance(parse_source(source), ClusterFile)
         if path and (is_there or _is_here(path)) and home not in path.parents:
             yield field, path if path.is_dir() else path.parent
+    if isinstance(job, StagedJob):  # whose bases are among what it reads
+        return
     base = Path(job.base.model)
     if _is_here(base) and home not in base.parents:
         yield "base.model", base

@@ -5,15 +5,40 @@ the client, and who then submits the same job goes on with that run id instead o
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import InputError, RunEnded
 from orchestrator.runs import new_id
 from runfolder.folders import home
+
+
+def identity_of(frozen: Mapping[str, Any]) -> str:
+    """What makes two submissions the same: cluster, job and data, on whatever day."""
+    same = {key: frozen[key] for key in ("cluster", "job", "digests")}
+    if frozen.get("dated"):  # by us: the same command says another date tomorrow
+        same["job"] = _undated(same["job"])
+    text = json.dumps(same, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    hexadecimal = digest.hexdigest()
+    return hexadecimal[:20]
+
+
+def _undated(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job without its date, or that of each of its stages."""
+    undated = dict(job)
+    for section in ("data", "generate"):
+        if section in job:
+            undated[section] = job[section] | {"date": None}
+    if "stages" in job:
+        undated["stages"] = {stage: _undated(its_job) for stage, its_job in job["stages"].items()}
+    return undated
 
 
 @contextmanager

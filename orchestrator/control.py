@@ -11,7 +11,7 @@ from clusters.environment import secret_values
 from orchestrator.backends import expected_start, make_request
 from orchestrator.errors import InputError, RunRefused
 from orchestrator.planning.spec import load_yaml
-from orchestrator.runs import Handle, find
+from orchestrator.runs import Handle, at_stage, find
 from orchestrator.tracking.password import TRACKING_URI
 from runfolder.files import Record
 from runfolder.record import job_in
@@ -103,10 +103,12 @@ def withdrawn(cluster: Cluster, run_id: str, why: str) -> RunRefused:
 def fetch(reference: str, to: Path | None = None, cluster: str | None = None) -> Path:
     """Bring the output of a run, its result and its job into a folder, by default one of its id; gives the folder.
 
+    Of a job of stages it is that of the newest one.
+
     Raises InputError where there is no such run, or nothing of it yet. What is there and whole already is not brought
     again; another fetch into the folder is waited for.
     """
-    run = find(reference, cluster)
+    run = at_stage(find(reference, cluster))
     run_id = run.run_id
     snapshots = run.site.snapshots([run_id])
     folder = snapshots.get(run_id)

@@ -13,26 +13,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clusters.controllers import REQUEUE, is_collected, is_requeued
+from clusters.controllers import REQUEUE, is_requeued
+from orchestrator.delivering import STAGE_TIMEOUT_S, Pump, deliver_rest, deliver_run
 from orchestrator.service import ServedAttempt, has_served
+from orchestrator.stages.work import next_of_stages
 from orchestrator.verdict import Again, Final, Verdict, VerdictKind, decide
 from orchestrator.watch import Driver, Watch
 from orchestrator.worker import redirect
 from runfolder.chain import Attempt, Fenced, attempts, claim_next, close, settle
-from runfolder.delivered import note_delivered
 from runfolder.files import Damaged, Record
 from runfolder.outcome import final_word
 from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested, last_reopened, why_cancelled
-from runfolder.secrets import read_secrets, remove_secrets
+from runfolder.secrets import read_secrets
 from runfolder.service import ServiceSpec
 from runfolder.snapshot import snapshot
+from runfolder.staged_job import StagedJob
 from runfolder.variables import flaw_of_variable
 from trainer.checkpoint.lineage import claim_from_newest, finished, step_of
 
-TRACKING_TIMEOUT_S = 600.0  # how long it stays to deliver what an outage of MLflow held up
 DELIVERED = "the output is there, but the worker ended before it was checked (and merged, if that was asked for)"
-_PUMP_S = 1.0
 _BEGAN = time.time()  # when this process did
 
 
@@ -66,9 +66,20 @@ def take_secrets(run_dir: Path) -> None:
 
 
 def take_further(run_dir: Path) -> int:
-    """Make the next attempt of a run, or close it; gives the exit code."""
+    """Make the next attempt of a run, or close it, and deliver what there is then; gives the exit code."""
+    code = advance(run_dir, threading.Event())
+    return deliver_rest(run_dir) if code is None else code
+
+
+def advance(run_dir: Path, told: threading.Event) -> int | None:
+    """Make the next attempt of a run, or close it; gives the exit code, None for a run that is closed.
+
+    `told` is set when whoever started this process wants it to end.
+    """
     if settle(run_dir) is None:
         work = load_any_job(run_dir)
+        if isinstance(work, StagedJob):
+            return next_of_stages(run_dir, work, lambda stage_dir: advance_stage(stage_dir, told))
         decision = next_step(run_dir)
         if not isinstance(decision, Final) and cancelled_within(run_dir, decision.delay_s):
             decision = Final("cancelled", why_cancelled(run_dir))
@@ -76,16 +87,23 @@ def take_further(run_dir: Path) -> int:
             if not os.environ.get("RAY_ADDRESS"):
                 return 1  # started to close a cancelled run that was reopened meanwhile: it has no Ray to go to
             if isinstance(work, ServiceSpec):
-                return serve_attempt(run_dir, work)
-            return run_attempt(run_dir)
+                return serve_attempt(run_dir, work, told)
+            return run_attempt(run_dir, told)
         close(run_dir, result_of(run_dir, decision))
-    return deliver_rest(run_dir)
+    return None
 
 
-def run_attempt(run_dir: Path) -> int:
+def advance_stage(stage_dir: Path, told: threading.Event) -> int | None:
+    """The same of a stage, of which MLflow gets what it takes at once: the rest comes when all stages are done."""
+    code = advance(stage_dir, told)
+    if code is None:
+        deliver_run(stage_dir, STAGE_TIMEOUT_S)
+    return code
+
+
+def run_attempt(run_dir: Path, told: threading.Event) -> int | None:
     """Claim an attempt, see it through, and close the run if that was its last one."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     with Driver(run_dir) as driver:
         attempt = claim_from_newest(run_dir)
         if attempt is None:
@@ -94,28 +112,27 @@ def run_attempt(run_dir: Path) -> int:
         redirect(attempt.folder / "logs" / "controller.log")
         with Pump(attempt):
             driver.begin(attempt)
-            verdict = watched(attempt, driver, stop)
+            verdict = watched(attempt, driver, told)
             driver.kill()
         attempt.check()
     return concluded(attempt, verdict)
 
 
-def serve_attempt(run_dir: Path, service: ServiceSpec) -> int:
+def serve_attempt(run_dir: Path, service: ServiceSpec, told: threading.Event) -> int | None:
     """Claim an attempt at a service, serve as long as it lasts, and close the run if that was its last one."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     attempt = claim_next(run_dir, None)
     if attempt is None:
         return 1
     attempt.event("claimed", controller_began=_BEGAN)
     redirect(attempt.folder / "logs" / "controller.log")
-    verdict = ServedAttempt(attempt, service, stop).until_end()
+    verdict = ServedAttempt(attempt, service, told).until_end()
     attempt.check()
     return concluded(attempt, verdict)
 
 
-def concluded(attempt: Attempt, verdict: Verdict) -> int:
-    """Write down how an attempt ended, and close the run if that was its last one; gives the exit code."""
+def concluded(attempt: Attempt, verdict: Verdict) -> int | None:
+    """Write down how an attempt ended, and close the run if that was its last one; gives what `advance` does."""
     run_dir = attempt.run_dir
     attempt.write_verdict(verdict.dump())
     decision = next_step(run_dir)
@@ -123,15 +140,14 @@ def concluded(attempt: Attempt, verdict: Verdict) -> int:
         if is_requeued() and verdict.kind in ("preemption", "walltime"):
             return REQUEUE
         return 1
-    if not attempt.close(result_of(run_dir, decision)):
-        return 1
-    return deliver_rest(run_dir)
+    is_closed = attempt.close(result_of(run_dir, decision))
+    return None if is_closed else 1
 
 
-def watched(attempt: Attempt, driver: Driver, stop: threading.Event) -> Verdict:
+def watched(attempt: Attempt, driver: Driver, told: threading.Event) -> Verdict:
     """How an attempt ended; raises Fenced when another one took over."""
     try:
-        return Watch(attempt, driver, stop).until_end()
+        return Watch(attempt, driver, told).until_end()
     except Damaged as damage:
         return Verdict("user_error", str(damage))
 
@@ -201,49 +217,6 @@ def _deciding_verdict(tried: Sequence[Attempt], decision: Final) -> Record:
     if cancelled and verdict["kind"] not in ("cancelled", "paused"):
         return without_attempt  # cancelled between two attempts
     return verdict
-
-
-def deliver_rest(run_dir: Path) -> int:
-    """Stay until MLflow has all of a closed run, but not for ever: any later command can do it too.
-
-    Of a run without an attempt there is nothing to deliver.
-    """
-    from orchestrator.tracking.delivery import replay
-    from orchestrator.tracking.store import is_left_to_others
-
-    load_any_job(run_dir)
-    if not attempts(run_dir) or is_left_to_others(run_dir):
-        note_delivered(run_dir, None)
-    else:
-        replay(run_dir, TRACKING_TIMEOUT_S)
-    if is_collected():
-        remove_secrets(run_dir)
-    return 0
-
-
-class Pump(threading.Thread):
-    """Delivers to MLflow while an attempt runs, in a thread: an outage holds nobody up."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__(daemon=True)
-        self._attempt = attempt
-        self._ended = threading.Event()
-
-    def __enter__(self) -> "Pump":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self.join(timeout=5)
-
-    def run(self) -> None:
-        """Deliver what is new, about once a second."""
-        from orchestrator.tracking.delivery import Delivery
-
-        delivery = Delivery(self._attempt.run_dir, self._attempt.number)
-        while not self._ended.wait(_PUMP_S):
-            delivery.pump()
 
 
 def _verdict_of(attempt: Attempt) -> Record:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from orchestrator.errors import InputError
-from orchestrator.runs import Handle, find
+from orchestrator.runs import Handle, at_stage, find
 from runfolder.appended import Follower
 
 _RANK = re.compile(r"logs/rank-(\d+)\.log")
@@ -98,9 +98,10 @@ def _marked(text: str, mark: str) -> str:
 def logs(reference: str, rank: int | None = 0, cluster: str | None = None) -> str:
     """The whole log of a rank of a run, or of all ranks (None); before an attempt what its controllers said.
 
-    Raises InputError for a run or a rank that is not there.
+    Of a job of stages that of the newest one. Raises InputError for a run or a rank that is not there.
     """
-    run = find(reference, cluster)
+    submitted = find(reference, cluster)
+    run = at_stage(submitted)
     text = LogReader(run, rank).read(final=True)
     if text:
         return text
@@ -108,7 +109,7 @@ def logs(reference: str, rank: int | None = 0, cluster: str | None = None) -> st
     if ranks and rank not in (None, *ranks):
         allowed = ", ".join(map(str, ranks))
         raise InputError(f"--rank: found {rank}; allowed: {allowed}")
-    return _printed_before(run)
+    return _printed_before(submitted)
 
 
 def _printed_before(run: Handle) -> str:

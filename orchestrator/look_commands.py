@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
+
+if TYPE_CHECKING:
+    from orchestrator.stages.planned import StagePlan
 
 look_app = typer.Typer()
 
@@ -28,7 +31,11 @@ def plan_command(
 ) -> None:
     """Show what would run: layout, batches, sizes, and whether a worker fits on its GPU."""
     from orchestrator.planning.plan import plan
+    from orchestrator.stages.planned import plan_stages
 
+    plans = plan_stages(file, sets or (), count_rows, cluster, gpu)
+    if plans is not None:
+        return _show_stages(plans, as_json)
     job_plan = plan(file, sets or (), count_rows, cluster, gpu)
     clear_count()
     if as_json:
@@ -36,6 +43,21 @@ def plan_command(
     from orchestrator.render import show_plan
 
     return show_plan(job_plan)
+
+
+def _show_stages(plans: "dict[str, StagePlan]", as_json: bool) -> None:
+    """Show the plans of the stages of a job, one below another."""
+    from orchestrator.stages.shown import show_stage
+
+    clear_count()
+    if as_json:
+        by_stage = {stage: plan.dump() for stage, plan in plans.items()}
+        return print_json({"stages": by_stage})
+    for number, stage in enumerate(plans, start=1):
+        print(f"stage {number} of {len(plans)}: {stage}")
+        show_stage(plans[stage])
+        print()
+    return None
 
 
 @look_app.command("rows")

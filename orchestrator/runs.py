@@ -67,6 +67,14 @@ class Handle:
         return snapshots[self.run_id]
 
 
+def at_stage(run: Handle) -> Handle:
+    """Of a job of stages the run of its newest one, which has logs and an output; any other run as it is."""
+    stage = run.snapshot().stage
+    if stage is None:
+        return run
+    return Handle(stage["run_id"], run.cluster_name)
+
+
 def remember(run_id: str, cluster_name: str) -> None:
     """Note on this machine which cluster has a run: a convenience, as `--cluster` says it too."""
     folder = home() / "known"

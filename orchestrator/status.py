@@ -30,7 +30,8 @@ class Status:
     `evidence`: the log line that proves the verdict. `figures` are what the run has measured, `loading` the lines of
     Python that load its output; both are for one run alone, not in lists. `remaining_s`: until the last step, for one
     that is running; in 9 of 10 runs it is in `remaining_range_s`, which is known after 20 steps. `activity`: what it
-    does now and since when, by the clock of its cluster. `address`: where a service answers, on its cluster.
+    does now and since when, by the clock of its cluster. `address`: where a service answers, on its cluster. `stage`:
+    of a job of stages the newest one, whose step, attempt and output are told: {name, number, of, run_id, run_dir}.
     """
 
     run_id: str
@@ -57,6 +58,7 @@ class Status:
     activity: Activity | None = None
     loading: tuple[str, ...] = ()
     address: str | None = None
+    stage: dict[str, Any] | None = None
 
     @property
     def shown_state(self) -> str:
@@ -129,6 +131,7 @@ def join_status(standing: Standing) -> Status:
     state, reason = _state_and_reason(run, on_cluster)
     has_output = run.has_output or state == "succeeded"
     verdict = run.verdict or {}
+    output_of = run.stage["run_dir"] if run.stage else run.run_dir
     remaining_s = within = None
     if state == "running":
         remaining_s, within = _remaining(run)
@@ -147,7 +150,7 @@ def join_status(standing: Standing) -> Status:
         verdict=verdict.get("kind"),
         mlflow_run_id=run.mlflow["mlflow_run_id"] if run.mlflow else None,
         run_dir=run.run_dir,
-        output_dir=f"{run.run_dir}/output" if has_output else None,
+        output_dir=f"{output_of}/output" if has_output else None,
         submitted=run.submitted,
         looked_at=run.looked_at,
         stuck=run.result is None and on_cluster.stuck,
@@ -160,6 +163,7 @@ def join_status(standing: Standing) -> Status:
         activity=_current_activity(run, state),
         loading=run.loading,
         address=run.address or on_cluster.address,
+        stage=run.stage,
     )
 
 

@@ -29,6 +29,8 @@ def status_lines(run: Status) -> Iterator[Fact]:
     if not run.submitted:
         return  # its folder cannot be read
     yield "submitted", _local_time(run.submitted)
+    if run.stage:
+        yield "stage", "{name}, {number} of {of}: run {run_id}".format_map(run.stage)
     if run.attempt or not run.address:  # a RayService makes none
         yield "attempt", _attempt(run)
     if not run.address:  # a service takes no steps

@@ -4,8 +4,6 @@ A client may be killed at any point and the submission repeated: with the same r
 (begun.py).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,7 +24,7 @@ from clusters.environment import secret_values
 from clusters.remote.far_side import FarFileError
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import expected_start, make_request, open_cluster, open_to_submit
-from orchestrator.begun import id_of_begun
+from orchestrator.begun import id_of_begun, identity_of
 from orchestrator.choice import cluster_names, on_chosen_cluster, planned_cluster
 from orchestrator.clusters_file import default_cluster
 from orchestrator.control import withdrawn
@@ -43,11 +41,14 @@ from orchestrator.planning.freeze import (
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress, with_date, writes_date
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
+from orchestrator.stages.spec import read_staged
+from orchestrator.stages.submitted import check_stages, frozen_stages
 from orchestrator.tracking.password import secrets_of
 from runfolder.evaluation_job import AnyJob
 from runfolder.job import Job
 from runfolder.site import Refused, Site
 from runfolder.snapshot import ASKED_TO_END
+from runfolder.staged_job import StagedJob
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def submit(
     repetition still finds this submission: print the run id there.
     """
     names = cluster_names(cluster or default_cluster())
-    job, folder = read_job(source, overrides)
+    staged = read_staged(source, overrides)
+    job, folder = staged or read_job(source, overrides)
     submit_to = partial(
         _submit_to,
         job,
@@ -122,11 +124,13 @@ def submit(
     )
     if len(names) == 1:
         return submit_to(names[0], why=None)
+    if isinstance(job, StagedJob):
+        raise InputError(f"--cluster: found {cluster}; allowed for a job of stages: one cluster")
     return on_chosen_cluster(names, job, run_id, lambda choice: submit_to(choice.cluster, why=choice.why))
 
 
 def _submit_to(
-    job: Job,
+    job: Job | StagedJob,
     folder: Path,
     cluster: str,
     *,
@@ -139,18 +143,23 @@ def _submit_to(
 ) -> Submission:
     """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
     backend = open_to_submit(cluster)
+    submit_to = partial(submit_frozen, backend, run_id=run_id, pause_at=pause_at, announce=announce)
+    if isinstance(job, StagedJob):
+        models, warnings = check_stages(job, backend.site.is_here, lambda seen: _checked(seen, backend, progress))
+        job_there, record = frozen_stages(job, models, folder, cluster, backend, sent)
+        return submit_to(job_there, record, partial(Submission, cluster=cluster, warnings=warnings, why=why))
     checked = _checked(job, backend, progress)
     is_dated = job.data.date is None and writes_date(checked.model)
     if is_dated:
         job = with_date(job)
     make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
-    of_inputs = input_digests(job, checked.model, backend.site)
+    of_inputs = input_digests(job, checked.model.folder, backend.site)
     before = job
     job = brought(job, checked.model, backend.site, sent)
     beside_job = {"dated": is_dated, "sent": places_before(before, job)}
     frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
     described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
-    return submit_frozen(backend, job, frozen, described, run_id=run_id, pause_at=pause_at, announce=announce)
+    return submit_to(job, frozen, described)
 
 
 def submit_frozen(
@@ -198,14 +207,20 @@ def dry_run(
     `warn` is called with each warning.
     """
     names = cluster_names(cluster or default_cluster())
-    job, _ = read_job(source, overrides)
+    staged = read_staged(source, overrides)
+    job, _ = staged or read_job(source, overrides)
     name = names[0]
-    if len(names) > 1:
+    if len(names) > 1 and isinstance(job, Job):
         choice = planned_cluster(names, job)
         name = choice.cluster
         warn(f"cluster {name} would get it now ({choice.why})")
     backend = open_cluster(name)
-    for warning in _checked(job, backend, lambda _source, _rows: None).warnings:
+    check = partial(_checked, cluster=backend, progress=lambda _source, _rows: None)
+    if isinstance(job, StagedJob):
+        _, warnings = check_stages(job, backend.site.is_here, check)
+    else:
+        warnings = check(job).warnings
+    for warning in warnings:
         warn(warning)
     return make_request(backend, job, new_id(job.name)).text
 
@@ -265,18 +280,6 @@ def _ask_pause(site: Site, run_id: str, step: int) -> None:
     found = site.snapshots([run_id])[run_id]
     if found.attempt == 0:
         site.ask(run_id, "pause", step)
-
-
-def identity_of(frozen: Mapping[str, Any]) -> str:
-    """What makes two submissions the same: cluster, job and data, on whatever day."""
-    same = {key: frozen[key] for key in ("cluster", "job", "digests")}
-    if frozen.get("dated"):  # by us: the same command says another date tomorrow
-        undated = same["job"]["data"] | {"date": None}
-        same["job"] = same["job"] | {"data": undated}
-    text = json.dumps(same, sort_keys=True)
-    digest = hashlib.sha256(text.encode())
-    hexadecimal = digest.hexdigest()
-    return hexadecimal[:20]
 
 
 def _create_or_adopt(site: Site, run_id: str, frozen: Mapping[str, Any]) -> bool:

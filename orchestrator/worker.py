@@ -57,14 +57,20 @@ def redirect(log: Path) -> None:
 
 
 def _do(run_dir: Path, attempt: int) -> None:
-    """Train or evaluate, as the job of the run says."""
+    """Train, evaluate or write, as the job of the run says."""
     from runfolder.evaluation_job import EvaluationJob
+    from runfolder.generation_job import GenerationJob
     from runfolder.record import load_any_job
 
-    if isinstance(load_any_job(run_dir), EvaluationJob):
+    job = load_any_job(run_dir)
+    if isinstance(job, EvaluationJob):
         from orchestrator.evaluation.attempt import evaluate_attempt
 
         evaluate_attempt(run_dir, attempt)
+    elif isinstance(job, GenerationJob):
+        from orchestrator.generation.attempt import generate_attempt
+
+        generate_attempt(run_dir, attempt)
     else:
         _train(run_dir, attempt)
 

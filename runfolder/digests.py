@@ -10,8 +10,10 @@ import yaml
 
 from runfolder.evaluation_job import EvaluationJob
 from runfolder.files import sha256
+from runfolder.generation_job import GenerationJob
 from runfolder.job import Job
 from runfolder.sources import ClusterFile, SubmitterFile, file_of, parse_source
+from runfolder.staged_job import StagedJob
 
 _LOADED = re.compile(r"\.(json|safetensors|model|jinja)$|^(vocab|merges)\.txt$")
 _WHOLE_BYTES = 64 << 20  # bytes up to which a file of the base is hashed whole
@@ -96,6 +98,16 @@ def _sample(path: Path) -> bytes:
     return b"".join(parts)
 
 
+def generation_digests(
+    job: GenerationJob, base: Path | None, digest_there: Callable[[Path], str | None] = sha256
+) -> Digests:
+    """sha256 of the files that a stage reads which writes, and of the base in folder `base`."""
+    found: Digests = {"base": folder_digest(base, scratch=False) if base else None}
+    for field, source in job.sources.items():
+        found[field] = file_digest(source, digest_there)
+    return found
+
+
 def frozen_digests(run_dir: Path) -> Digests:
     """The digests of a run's submission, by field; {} in a folder that was not submitted."""
     path = run_dir / "job.yaml"
@@ -104,8 +116,10 @@ def frozen_digests(run_dir: Path) -> Digests:
     return by_field or {}
 
 
-def changes(job: Job | EvaluationJob, known: Mapping[str, str | None]) -> list[str]:
+def changes(job: Job | EvaluationJob | StagedJob | GenerationJob, known: Mapping[str, str | None]) -> list[str]:
     """What is not as in the known digests, one line each: field, file, both digests, what to do."""
+    if isinstance(job, StagedJob):
+        return _changes_of_stages(job, known)
     sources = {field: file_of(source) for field, source in job.sources.items()}
     sources["base"] = Path(job.base.model)
     from_scratch = job.base.init == "scratch"
@@ -119,6 +133,25 @@ def changes(job: Job | EvaluationJob, known: Mapping[str, str | None]) -> list[s
         if change:
             remedy = "put the old one back and resume the run, or submit the job anew"
             lines.append(f"{field}: {source} {change}; {remedy}")
+    return lines
+
+
+def of_stage(known: Mapping[str, str | None], stage: str) -> Digests:
+    """Those of some digests that are of one stage, by the field of its job."""
+    prefix = f"stages.{stage}."
+    found = {}
+    for field, digest in known.items():
+        if field.startswith(prefix):
+            found[field.removeprefix(prefix)] = digest
+    return found
+
+
+def _changes_of_stages(job: StagedJob, known: Mapping[str, str | None]) -> list[str]:
+    """What is not as in the known digests, of all stages."""
+    lines = []
+    for stage, its_job in job.stages.items():
+        for line in changes(its_job, of_stage(known, stage)):
+            lines.append(f"stages.{stage}.{line}")
     return lines
 
 

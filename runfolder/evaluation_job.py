@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from runfolder.generation_job import GenerationJob, is_generation
 from runfolder.job import JOB_NAME, Base, Job
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.service import ServiceSpec, is_service
+from runfolder.staged_job import StagedJob, is_staged
 from runfolder.variables import Variables
 
 EVALUATION_NAME = "evaluate"
@@ -46,13 +48,17 @@ class EvaluationJob(Section):
         return self.model_dump(mode="json")
 
 
-AnyJob = Job | EvaluationJob | ServiceSpec
+AnyJob = Job | EvaluationJob | ServiceSpec | StagedJob | GenerationJob
 
 
 def any_job(plain: Mapping[str, Any]) -> AnyJob:
     """The job in plain data, whatever it does; raises ValidationError."""
     if is_service(plain):
         return ServiceSpec.model_validate(plain)
+    if is_generation(plain):
+        return GenerationJob.model_validate(plain)
+    if is_staged(plain):
+        return StagedJob.model_validate(plain)
     if "questions" in plain:
         return EvaluationJob.model_validate(plain)
     return Job.model_validate(plain)

@@ -20,8 +20,11 @@ from runfolder.appended import sealed_size
 from runfolder.chain import Attempt, last_slot, result, settle, slots
 from runfolder.delivered import tracked_run
 from runfolder.files import list_names, read_json, refresh, sha256
-from runfolder.record import load_job
+from runfolder.generation_job import GenerationJob
+from runfolder.job import Job
+from runfolder.record import load_any_job
 from runfolder.row_results import last_row_results
+from runfolder.staged_job import StagedJob
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what reading a damaged run raises
 TRIP_BYTES = 4 << 20  # of files in one answer, and at most one file that comes whole beyond that
@@ -30,7 +33,7 @@ _LARGEST_RESULTS = 4 << 20  # the largest file of an evaluation's rows that come
 _APPENDED = re.compile(r"attempts/([1-9]\d{0,8})/((?:events|metrics|system)\.jsonl)")
 _WHOLE = re.compile(
     r"(?:job\.yaml|run\.json|result\.json|mlflow/run\.json|attempts/[1-9]\d{0,8}/(?:claim|seals|verdict)\.json"
-    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl"
+    r"|attempts/[1-9]\d{0,8}/evaluations/step-\d{1,15}\.jsonl|stages/[a-z][-a-z0-9]{0,19}/run\.json"
     r"|output(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}){1,9})"
 )
 
@@ -130,6 +133,8 @@ def mirrored_files(run_dir: Path) -> list[str]:
             files.append(f"attempts/{slot.number}/{name}")
     if _has_shared_run(run_dir):
         files.append("mlflow/run.json")
+    for stage in list_names(run_dir / "stages"):
+        files.append(f"stages/{stage}/run.json")
     with suppress(*UNREADABLE):  # half a mirror: the file comes last
         files += _last_evaluation(run_dir)
     for path in (run_dir / "output").rglob("*"):
@@ -169,7 +174,10 @@ def _needs_nothing(run_dir: Path, known: Known) -> bool:
     """Whether all of a closed run was delivered: by the one who asks, or from here to a server."""
     if isinstance(known, int):
         return known == last_slot(run_dir)
-    return tracked_run(run_dir) is not None and load_job(run_dir).tracking.uri is not None
+    if tracked_run(run_dir) is None:
+        return False
+    job = load_any_job(run_dir)
+    return isinstance(job, Job | StagedJob | GenerationJob) and job.tracking.uri is not None
 
 
 class _Reader:

@@ -1,8 +1,8 @@
 """RUN_DIR/job.yaml: what was submitted, frozen; and beside it run.json, the few fields of it that every look needs.
 
-The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job, dated, sent};
-`dated` says whether the date in the job is that of its submission, as the job itself said none, and `sent` where what
-was sent to the cluster lay before, by its field in the job.
+The record is {format, run_id, cluster, submitted, versions, digests, git, secrets (names alone), job, dated, sent,
+stage_of}; `dated` says whether the date in the job is that of its submission, as the job itself said none, `sent`
+where what was sent to the cluster lay before, by its field in the job, and `stage_of` which run this is a stage of.
 """
 
 import os
@@ -16,9 +16,11 @@ from pydantic import ValidationError
 
 from runfolder.evaluation_job import AnyJob, any_job
 from runfolder.files import FORMAT, Damaged, Record, checked_record, read_json, take_name, write_json
+from runfolder.generation_job import GenerationJob
 from runfolder.job import Job
 from runfolder.service import ServiceSpec
 from runfolder.shapes import BRIEF, SUBMITTED
+from runfolder.staged_job import StagedJob
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BRIEF = "run.json"
@@ -57,9 +59,10 @@ def read_record(run_dir: Path) -> Record:
 
 
 def read_brief(run_dir: Path, listing: Sequence[str]) -> Record:
-    """{cluster, submitted, steps} of a run: `steps` as its job says, None where it says epochs; raises Damaged.
+    """{cluster, submitted, steps, stages, stage_of} of a run; raises Damaged.
 
-    `listing` is what the run's folder holds.
+    `steps` are as its job says, None where it says epochs; `stages` are the names of those that it has, and
+    `stage_of` is the run that it is a stage of. `listing` is what the run's folder holds.
     """
     path = run_dir / _BRIEF
     if _BRIEF not in listing:
@@ -74,7 +77,8 @@ def load_job(run_dir: Path) -> Job:
     if isinstance(job, Job):
         return job
     path = run_dir / "job.yaml"
-    kind = "a service" if isinstance(job, ServiceSpec) else "an evaluation"
+    kinds = {ServiceSpec: "a service", StagedJob: "a job of stages", GenerationJob: "a job that writes"}
+    kind = kinds.get(type(job), "an evaluation")
     raise Damaged(f"{path}: found {kind}; allowed: a job that trains")
 
 
@@ -106,5 +110,12 @@ def _as_yaml(record: Mapping[str, Any]) -> str:
 
 def _brief(record: Mapping[str, Any]) -> Record:
     train = record["job"].get("train")
-    steps = train.get("steps") if isinstance(train, dict) else None
-    return {"format": FORMAT, "cluster": record.get("cluster"), "submitted": record.get("submitted"), "steps": steps}
+    stages = record["job"].get("stages")
+    return {
+        "format": FORMAT,
+        "cluster": record.get("cluster"),
+        "submitted": record.get("submitted"),
+        "steps": train.get("steps") if isinstance(train, dict) else None,
+        "stages": list(stages) if isinstance(stages, dict) else [],
+        "stage_of": record.get("stage_of"),
+    }

@@ -24,6 +24,7 @@ class _Submitted(_Fields):
     cluster: str | None = None
     submitted: UnixTime | None = None
     digests: dict[str, str | None] | None = None
+    stage_of: str | None = None
     job: dict[str, Any]
 
 
@@ -31,6 +32,14 @@ class _Brief(_Fields):
     cluster: str | None
     submitted: UnixTime
     steps: WholeNumber | None
+    stages: list[str] = []
+    stage_of: str | None = None
+
+
+class _StageNote(_Fields):
+    run_id: str
+    key: str
+    reused: bool
 
 
 class _Start(_Fields):
@@ -177,6 +186,7 @@ _Event = Annotated[
 
 SUBMITTED: FileShape = TypeAdapter(_Submitted)  # job.yaml
 BRIEF: FileShape = TypeAdapter(_Brief)  # run.json
+STAGE_NOTE: FileShape = TypeAdapter(_StageNote)  # stages/NAME.json
 CLAIM: FileShape = TypeAdapter(Annotated[_AttemptClaim | _CloseClaim | _ReopenClaim, Field(discriminator="kind")])
 VERDICT: FileShape = TypeAdapter(_Verdict)
 RESULT: FileShape = TypeAdapter(_Result)

@@ -15,11 +15,13 @@ from runfolder.digests import changes
 from runfolder.fetched import paths_to_fetch
 from runfolder.files import Record, list_names, sha256
 from runfolder.news import Known, News, news_of_runs
-from runfolder.record import create_run_folder, job_in, read_record
+from runfolder.record import create_run_folder, job_in, read_brief, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
 from runfolder.secrets import read_secrets, write_secrets
 from runfolder.service import ServiceSpec
 from runfolder.snapshot import Snapshot, snapshot
+from runfolder.staged_job import StagedJob
+from runfolder.stages import reopen_stages
 
 Ask = Literal["cancel", "cancel_saved", "pause", "reopen"]
 Positions = Mapping[str, Position]  # of each file, how far it was read
@@ -171,6 +173,13 @@ class LocalSite:
         run_dir = self._existing(run_id)
         see_slots(run_dir)
         ended = result(run_dir)
+        brief = read_brief(run_dir, list_names(run_dir))
+        whole = brief.get("stage_of")
+        if whole:
+            raise Refused(f"run {run_id}: it is a stage of {whole}; allowed: the same of {whole}")
+        if what == "pause" and brief.get("stages"):
+            allowed = f"fleetune cancel --save {run_id}, and later fleetune resume {run_id}"
+            raise Refused(f"run {run_id}: a job of stages does not pause after a step; allowed: {allowed}")
         if what == "reopen":
             _reopen(run_dir, ended)
         elif ended is None:
@@ -251,6 +260,8 @@ def _reopen(run_dir: Path, ended: Ended) -> None:
     if changed:
         raise Refused("\n".join(changed))
     if ended is not None:
+        if isinstance(work, StagedJob):
+            reopen_stages(run_dir, work.stages)  # before it: who dies between them leaves what can be repeated
         reopen(run_dir)
 
 

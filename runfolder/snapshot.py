@@ -24,8 +24,14 @@ from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
 from runfolder.shapes import MLFLOW_RUN, UNDELIVERED, VERDICT, FileShape
+from runfolder.stages import newest_stage
 
 ASKED_TO_END = "asked to end"
+# Fields of a job of stages that are those of its newest one.
+_TOLD_BY_STAGE = (
+    *("steps", "attempt", "step", "begun", "verdict", "has_output"),
+    *("data", "hindrance", "damaged", "activity", "figures", "loading"),
+)
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
 _EVENTS_HEAD_BYTES = 1 << 16  # bytes at the start of events.jsonl that hold the plan
 _EVENTS_TAIL_BYTES = 1 << 14  # bytes at the end of events.jsonl that say what is being done
@@ -42,7 +48,9 @@ class Snapshot:
     rows, `asked` what somebody asked of a run that has not ended, `cancelled` whether that is to end, and `hindrance`
     what keeps its starts from an attempt. `address` is where a service answers. `looked_at`
     is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
-    is there in full views alone: its figures, the lines of Python that load its output, and its costs.
+    is there in full views alone: its figures, the lines of Python that load its output, and its costs. `stage` is the
+    newest one of a job of stages: {name, number, of, run_id, run_dir}, whose attempts and steps are told as the
+    run's. `stage_of` is the run that this one is a stage of.
     """
 
     run_id: str
@@ -71,6 +79,8 @@ class Snapshot:
     loading: tuple[str, ...] = ()
     costs: Costs | None = None
     address: str | None = None
+    stage: Record | None = None
+    stage_of: str | None = None
 
     def dump(self) -> dict[str, Any]:
         """The snapshot as plain data, which JSON can hold."""
@@ -104,6 +114,8 @@ def snapshot(run_dir: Path, in_full: bool = False) -> Snapshot:
     """How a run stands now, with its figures where the view is to be full; a damaged one is told as that."""
     try:
         glance = _read_snapshot(run_dir)
+        if glance.stage is not None:
+            return _with_stage(glance, in_full)
         return _with_figures(glance) if in_full else glance
     except Exception as error:  # a bug of ours included: other runs are looked at in the same breath
         words = " ".join(str(error).split())
@@ -175,16 +187,36 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
-        mlflow=_read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
-        delivered=ended is not None and is_delivered(run_dir),
-        undelivered=_read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
+        **_in_mlflow(run_dir, files, ended is not None),
         data=plan.get("data"),
         asked=_pending_request(run_dir, cancelled) if ended is None and "requests" in files else None,
         cancelled=cancelled,
         hindrance=hindrance(run_dir) if ended is None and "hindered.json" in files else None,
         activity=activity,
         address=address,
+        stage=newest_stage(run_dir, brief.get("stages", [])),
+        stage_of=brief.get("stage_of"),
     )
+
+
+def _in_mlflow(run_dir: Path, files: Sequence[str], is_closed: bool) -> dict[str, Any]:
+    """Which MLflow run a run has, whether that has all of it, and what holds its rows up."""
+    return {
+        "delivered": is_closed and is_delivered(run_dir),
+        "mlflow": _read_listed(run_dir, "mlflow.json", files, MLFLOW_RUN),
+        "undelivered": _read_listed(run_dir, "undelivered.json", files, UNDELIVERED),
+    }
+
+
+def _with_stage(run: Snapshot, in_full: bool) -> Snapshot:
+    """A job of stages with what its newest one says of itself."""
+    assert run.stage is not None
+    folder = Path(run.stage["run_dir"])
+    if not folder.exists():
+        return run
+    stage = snapshot(folder, in_full)
+    told = {field: getattr(stage, field) for field in _TOLD_BY_STAGE}
+    return replace(run, **told)
 
 
 def _with_figures(run: Snapshot) -> Snapshot:

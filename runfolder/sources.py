@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ON_CLUSTER = "cluster:"
+_OF_STAGE = re.compile(r"stage:([^/]+)(?:/(.+))?")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.*)?")
 _DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz)?$")
 
@@ -32,7 +33,15 @@ class HubDataset:
     split: str
 
 
-Source = SubmitterFile | ClusterFile | HubDataset
+@dataclass(frozen=True)
+class StageOutput:
+    """What an earlier stage of the same job leaves: `stage:name`, or one file of its output, `stage:name/file`."""
+
+    stage: str
+    file: str | None
+
+
+Source = SubmitterFile | ClusterFile | HubDataset | StageOutput
 
 
 def parse_source(text: str) -> Source:
@@ -40,6 +49,9 @@ def parse_source(text: str) -> Source:
     if text.startswith(f"{_ON_CLUSTER}/"):
         path = text.removeprefix(_ON_CLUSTER)
         return ClusterFile(Path(path))
+    of_stage = _OF_STAGE.fullmatch(text)
+    if of_stage:
+        return StageOutput(of_stage[1], of_stage[2])
     if _HUB.fullmatch(text) and not _DATA_FILE.search(text):
         name, _, selection = text.partition(":")
         config, _, split = selection.partition(":")
@@ -48,8 +60,8 @@ def parse_source(text: str) -> Source:
 
 
 def file_of(text: str) -> Path | None:
-    """The file that a source is where a run works; None for a data set on the hub."""
+    """The file that a source is where a run works; None for one that no path names yet, or never."""
     source = parse_source(text)
-    if isinstance(source, HubDataset):
+    if isinstance(source, HubDataset | StageOutput):
         return None
     return source.path

@@ -106,7 +106,14 @@ class Asking:
         adapter = assignment.adapter
         if question.new_tokens:
             new_tokens = min(question.new_tokens, self._room(assignment))
-            request = Request(question.prompt, adapter, new_tokens, question.stop)
+            request = Request(
+                question.prompt,
+                adapter,
+                new_tokens,
+                question.stop,
+                temperature=question.temperature,
+                seed=question.seed,
+            )
             opened.written = self.engine.add(request)
         for scored in question.texts:
             request = Request(scored.ids, adapter, new_tokens=1)

@@ -61,7 +61,8 @@ class ScoredText:
 class Question:
     """A prompt that is gone on with for at most `new_tokens` (0: not at all), and texts that are scored.
 
-    What is written ends with a token of `stop`, or soon after one of `stop_texts`.
+    What is written ends with a token of `stop`, or soon after one of `stop_texts`. At a `temperature` above 0 it is
+    drawn, from `seed` alone.
     """
 
     prompt: tuple[int, ...] = ()
@@ -69,6 +70,8 @@ class Question:
     stop: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()
     texts: tuple[ScoredText, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
 
     @cached_property
     def key(self) -> str:
@@ -82,13 +85,16 @@ class Question:
         texts = []
         for text in self.texts:
             texts.append([text.ids, text.ranges])
-        return {
+        plain = {
             "prompt": self.prompt,
             "new_tokens": self.new_tokens,
             "stop": self.stop,
             "stop_texts": self.stop_texts,
             "texts": texts,
         }
+        if self.temperature:  # else the key is that of before there were draws
+            plain |= {"temperature": self.temperature, "seed": self.seed}
+        return plain
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> "Question":
@@ -100,6 +106,8 @@ class Question:
             stop=tuple(plain["stop"]),
             stop_texts=tuple(plain["stop_texts"]),
             texts=tuple(texts),
+            temperature=plain.get("temperature", 0.0),
+            seed=plain.get("seed", 0),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.comparison.measure import CURVE_KINDS
 from orchestrator.errors import InputError
-from orchestrator.tracking.facts import state_in_mlflow
+from orchestrator.tracking.facts import NOT_TRAINING, state_in_mlflow
 from orchestrator.tracking.password import TRACKING_URI
 from orchestrator.tracking.store import RUN_ID_TAG
 from runfolder.variables import public
@@ -71,6 +71,7 @@ def load_runs(mlflow: Any, experiment: str | None, uri: str) -> list[TrackedRun]
         page = mlflow.search_runs(ids, query, order_by=order, page_token=token or None)
         tracked += page
         token = page.token or None
+    tracked = [run for run in tracked if NOT_TRAINING not in run.data.tags]
     if not tracked:
         name = experiment or "any"
         raise InputError(f"experiment {name!r} at {uri} has no runs of Fleetune")

@@ -104,6 +104,22 @@ class Preparation:
             asked.append(AskedRow(row.number, "", "", question))
         return PreparedTask(task, tuple(asked))
 
+    def answers_to(self, task: TaskSpec, prompts: Sequence[str]) -> list[Question]:
+        """A question for each prompt, which is answered as the task says."""
+        rows = []
+        for number, prompt in enumerate(prompts, start=1):
+            rows.append(Row(number, prompt, ""))
+        asked = self._rows(task, rows, self._encoder(task))
+        return [row.question for row in asked]
+
+    def choices_after(self, task: TaskSpec, prompts: Sequence[str], texts: tuple[str, ...]) -> list[Question]:
+        """A question for each prompt: the log-likelihood of each text behind it."""
+        choices = []
+        for number, prompt in enumerate(prompts, start=1):
+            choices.append(ChoiceRow(number, prompt, texts, right=0))
+        asked = self._choices(task, choices, self._encoder(task))
+        return [row.question for row in asked]
+
     def _encoder(self, task: TaskSpec) -> "Encoder":
         """What makes token ids of a task's rows."""
         from trainer.data.encode import Encoder, Reading

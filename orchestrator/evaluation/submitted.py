@@ -9,6 +9,7 @@ from typing import Any
 
 from clusters.base import Cluster
 from orchestrator.backends import make_request, open_to_submit
+from orchestrator.begun import identity_of
 from orchestrator.control import fetch
 from orchestrator.errors import JobFailed, JobStopped, RunEnded
 from orchestrator.evaluation.adapters import AdapterSource
@@ -18,7 +19,7 @@ from orchestrator.planning import spec
 from orchestrator.planning.freeze import Sent, bringer, frozen_of
 from orchestrator.progress import watch
 from orchestrator.runs import find, new_id
-from orchestrator.submit import Submission, clear_ending, identity_of, submit_frozen
+from orchestrator.submit import Submission, clear_ending, submit_frozen
 from runfolder.evaluation_job import EVALUATION_NAME, EvaluationJob
 from runfolder.files import sha256, write_json, write_once
 from runfolder.folders import home

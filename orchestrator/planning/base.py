@@ -22,19 +22,24 @@ _UNQUANTISED = "take the unquantised base, and method qlora"
 
 
 def find_model(job: Job) -> Model:
-    """The base, in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
-    folder = folder_of_base(job.base)
+    """The base of a job; raises InputError when it could not be loaded."""
+    return find_base(job.base)
+
+
+def find_base(base: Base) -> Model:
+    """A base in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
+    folder = folder_of_base(base)
     if folder is not None and not (folder / "config.json").exists():
         reason = base_folder.without_config(folder)
         raise InputError(f"base.model: {folder}: {reason}")
-    model = locate(job.base)
+    model = locate(base)
     if model is None:
-        model = _on_hub(job.base)
-    problem = _unusable(job.base, model)
+        model = _on_hub(base)
+    problem = _unusable(base, model)
     if problem is not None:
-        where = model.folder or job.base.model
+        where = model.folder or base.model
         raise InputError(f"base.model: {where}: {problem}")
-    if job.base.resize_embeddings:
+    if base.resize_embeddings:
         return vocabulary.resized(model)
     return model
 

@@ -19,10 +19,11 @@ from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
 from runfolder.evaluation_job import AnyJob
 from runfolder.group_objectives import GroupOptions
-from runfolder.job import Job
+from runfolder.job import Base, Job
 from runfolder.objective import ObjectiveOptions
 from runfolder.site import Site
 from runfolder.sources import SubmitterFile, parse_source
+from runfolder.staged_job import references
 
 JobSource = str | Path | Mapping[str, Any] | Job
 Sent = Callable[[str, int, int], None]  # a file, the bytes of it that are there, and their number
@@ -40,6 +41,8 @@ def read_job(source: JobSource, overrides: Iterable[str] = ()) -> tuple[Job, Pat
     else:
         folder = Path(source).absolute().parent
         job = spec.read_job_file(Path(source), overrides)
+    for field, reference in references(job).items():
+        raise InputError(f"{field}: found stage:{reference.stage}; allowed in a job of `stages:` alone")
     return absolute(job, folder), folder
 
 
@@ -47,16 +50,21 @@ def absolute(job: Job, folder: Path) -> Job:
     """The job with its paths made absolute: relative to `folder` if they exist there, else to the current one."""
     sources = {}
     for field, source in job.data.sources.items():
-        sources[field] = _absolute_source(source, folder)
+        sources[field] = absolute_source(source, folder)
     data = job.data.model_copy(update=sources)
-    base = job.base
-    base_folder = _existing(base.model, folder)
-    if base_folder and base_folder.is_dir():
-        base = base.model_copy(update={"model": str(base_folder)})
+    base = absolute_base(job.base, folder)
     objective = with_rewards_moved(
         job, lambda file: _reward_path(file, folder), lambda model: _reward_model_path(model, folder)
     )
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
+
+
+def absolute_base(base: Base, folder: Path) -> Base:
+    """A base with the path of its folder made absolute, where it is one."""
+    found = _existing(base.model, folder)
+    if found is None or not found.is_dir():
+        return base
+    return base.model_copy(update={"model": str(found)})
 
 
 def with_rewards_moved(job: Job, of_file: Callable[[str], str], of_model: Callable[[str], str]) -> ObjectiveOptions:
@@ -73,10 +81,10 @@ def with_rewards_moved(job: Job, of_file: Callable[[str], str], of_model: Callab
     return objective
 
 
-def input_digests(job: Job, model: Model, site: Site) -> Digests:
+def input_digests(job: Job, base_folder: Path | None, site: Site) -> Digests:
     """The digests of a job's data and base; `site` knows those of the cluster's own files. Raises InputError."""
     try:
-        return digests(job, model.folder, site.digest)
+        return digests(job, base_folder, site.digest)
     except ValueError as error:
         raise InputError(f"data: {error}") from None
 
@@ -167,7 +175,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _absolute_source(source: str, folder: Path) -> str:
+def absolute_source(source: str, folder: Path) -> str:
     """A data source as an absolute path, unless it is none of this machine."""
     path = _existing(source, folder)
     if path is not None:

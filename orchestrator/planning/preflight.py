@@ -12,7 +12,7 @@ from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
 from orchestrator.tracking.store import check_uri
 from runfolder.job import Job
-from runfolder.sources import ClusterFile, parse_source
+from runfolder.sources import ClusterFile, StageOutput, parse_source
 from trainer.data.survey import Survey, row_warnings, unknown_id
 
 _FEW_STEPS = 20  # below these, warm-up and schedule are a matter of chance
@@ -132,8 +132,11 @@ def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
             yield f"data.{key}: {text}"
     train = looked.rows["train"]
     if train is None:
+        parsed = parse_source(job.data.train)
+        if isinstance(parsed, StageOutput):
+            return  # nobody can have looked at them yet
         source = "a hub dataset"
-        if isinstance(parse_source(job.data.train), ClusterFile):
+        if isinstance(parsed, ClusterFile):
             source = "a file of the cluster"
         yield f"data.train: {source}; its rows are first looked at by the workers"
         return

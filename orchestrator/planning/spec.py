@@ -65,10 +65,7 @@ def validate(plain: PlainJob, overrides: Iterable[str] = (), source: str = "job"
 
 def validated(kind: type[SomeSpec], plain: PlainJob, overrides: Iterable[str], source: str) -> SomeSpec:
     """The job of a kind in plain data, with overrides applied; raises InputError with one line per error."""
-    plain = _spelled_out(plain)
-    for override in overrides:
-        overridden = _override(plain, override)
-        plain = _spelled_out(overridden)
+    plain = overridden(plain, overrides)
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
@@ -77,6 +74,15 @@ def validated(kind: type[SomeSpec], plain: PlainJob, overrides: Iterable[str], s
         for problem in problems:
             lines.append(f"{source}: {problem}")
         raise InputError("\n".join(lines)) from None
+
+
+def overridden(plain: PlainJob, overrides: Iterable[str]) -> PlainJob:
+    """Plain data with `key=value` overrides applied, and bare strings spelled out; raises InputError."""
+    plain = spelled_out(plain)
+    for override in overrides:
+        with_key = _override(plain, override)
+        plain = spelled_out(with_key)
+    return plain
 
 
 def load_yaml(path: Path) -> PlainJob:
@@ -118,14 +124,19 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _spelled_out(plain: PlainJob) -> PlainJob:
-    """Bare strings as the mappings that they stand for."""
-    spelled_out = dict(plain)
+def spelled_out(plain: PlainJob) -> PlainJob:
+    """Bare strings as the mappings that they stand for, those of its stages too."""
+    whole = dict(plain)
     for key, inner_key in SHORT.items():
         value = plain.get(key)
         if isinstance(value, str):
-            spelled_out[key] = {inner_key: value}
-    return spelled_out
+            whole[key] = {inner_key: value}
+    stages = plain.get("stages")
+    if isinstance(stages, dict):
+        whole["stages"] = {}
+        for stage, job in stages.items():
+            whole["stages"][stage] = spelled_out(job) if isinstance(job, dict) else job
+    return whole
 
 
 def _override(plain: PlainJob, text: str) -> PlainJob:
@@ -136,8 +147,8 @@ def _override(plain: PlainJob, text: str) -> PlainJob:
         raise InputError(f"{source}: write key=value, like train.lr=3e-4")
     value = parse_yaml(value_text, source)
     *parents, last = key.split(".")
-    overridden = dict(plain)
-    mapping = overridden
+    changed = dict(plain)
+    mapping = changed
     for depth, parent in enumerate(parents, 1):
         inner = mapping.get(parent)
         if inner is not None and not isinstance(inner, dict):
@@ -147,4 +158,4 @@ def _override(plain: PlainJob, text: str) -> PlainJob:
         mapping[parent] = dict(inner or {})
         mapping = mapping[parent]
     mapping[last] = value
-    return overridden
+    return changed

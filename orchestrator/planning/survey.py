@@ -20,7 +20,7 @@ from orchestrator.child import asked_child
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
-from runfolder.sources import ClusterFile, file_of, parse_source
+from runfolder.sources import ClusterFile, StageOutput, file_of, parse_source
 from trainer.data.date import asks_for_date
 from trainer.data.files import digest
 from trainer.data.preferences import read_answers
@@ -80,7 +80,9 @@ def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool 
         if isinstance(answer, str):
             problems.append(answer)
             continue
-        if not is_here and isinstance(parse_source(source), ClusterFile):
+        parsed = parse_source(source)
+        is_elsewhere = isinstance(parsed, ClusterFile) and not is_here
+        if is_elsewhere or isinstance(parsed, StageOutput):
             continue
         try:
             rows_by_key[key] = _source_rows(job, source, answer)
@@ -107,12 +109,16 @@ def missing_packages() -> list[str]:
     return names
 
 
+def today() -> datetime.date:
+    """The day of a submission, on the clock of whoever submits."""
+    return datetime.date.today()
+
+
 def with_date(job: Job) -> Job:
     """The job with today's date, unless it has one."""
     if job.data.date is not None:
         return job
-    today = datetime.date.today()
-    data = job.data.model_copy(update={"date": today})
+    data = job.data.model_copy(update={"date": today()})
     return job.model_copy(update={"data": data})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.password import secrets_of
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 
 _UPLOAD_BYTES = 512 << 20
 
@@ -24,7 +24,7 @@ def upload(client: Any, run_dir: Path, mlflow_run_id: str, succeeded: bool) -> N
 
 def _artifacts(run_dir: Path, succeeded: bool) -> Iterator[tuple[Path, str | None]]:
     """Files, and the folders in MLflow that they go to. A job.yaml with a password in it stays here."""
-    names = ["result.json"] if secrets_of(load_job(run_dir)) else ["job.yaml", "result.json"]
+    names = ["result.json"] if secrets_of(load_any_job(run_dir)) else ["job.yaml", "result.json"]
     for name in names:
         path = run_dir / name
         if path.exists():

@@ -13,16 +13,18 @@ from clusters.base import Unreachable
 from orchestrator.backends import open_cluster
 from orchestrator.runs import Handle, handles, run_ids, runs_folder
 from orchestrator.tracking.delivery import Delivery, deliver_held_up
+from orchestrator.tracking.password import KINDS_TRACKED
 from orchestrator.tracking.store import check_uri, sqlite_file
 from orchestrator.tracking.trouble import Trouble, trouble_of_run
 from runfolder.chain import last_attempt, result
 from runfolder.delivered import is_delivered, note_delivered, tracked_run
-from runfolder.job import Job
 from runfolder.mirror import Mirror, mirrored_from
 from runfolder.news import UNREADABLE
 from runfolder.record import load_any_job
 from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
+from runfolder.snapshot import snapshot
+from runfolder.stages import begun_stages
 
 CollectProgress = Callable[[str, int], None]  # a cluster, and how many of its runs were looked at
 Undelivered = dict[str, str]  # run id or cluster -> why MLflow has not got all of it
@@ -112,14 +114,26 @@ def _folders(cluster: str, its_run_ids: list[str]) -> Iterator[tuple[Path, str |
             yield site.root / run_id, None
         return
     mirror = Mirror.of_cluster(cluster)
+    stages: list[str] = []
+    staged = []
     for run_id, flaw in mirror.update(site, its_run_ids):
+        run_dir = mirror.run_dir(run_id)
+        begun = [] if flaw else begun_stages(run_dir)
+        stages += begun
+        if begun:
+            staged.append(run_dir)
+        else:
+            yield run_dir, flaw
+    for run_id, flaw in mirror.update(site, stages):
         yield mirror.run_dir(run_id), flaw
+    for run_dir in staged:  # once its stages are there, by which it is told how far it has come
+        yield run_dir, None
 
 
 def _deliver(run_dir: Path, down: dict[str, str]) -> str | None:
     """Deliver what there is of a run, unless its MLflow is down; gives why not, None where it was."""
     newest = last_attempt(run_dir)
-    if tracked_run(run_dir) or newest.number == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
+    if tracked_run(run_dir) or snapshot(run_dir).attempt == 0 or isinstance(load_any_job(run_dir), ServiceSpec):
         return None
     if not _is_reached(run_dir):
         if result(run_dir):
@@ -144,7 +158,7 @@ def _is_reached(run_dir: Path) -> bool:
     An evaluation has none of its own.
     """
     job = load_any_job(run_dir)
-    if not isinstance(job, Job):
+    if not isinstance(job, KINDS_TRACKED):
         return False
     uri = job.tracking.uri
     if uri is None or mirrored_from(run_dir) is None:

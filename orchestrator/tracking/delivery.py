@@ -30,7 +30,7 @@ from runfolder.appended import read_from
 from runfolder.chain import Attempt, Fenced, last_attempt, last_slot, result
 from runfolder.delivered import is_delivered, note_delivered
 from runfolder.files import Damaged
-from runfolder.record import load_job
+from runfolder.record import load_any_job
 from runfolder.snapshot import snapshot
 
 DELIVERED_FILES = ("metrics.jsonl", "system.jsonl")
@@ -199,7 +199,7 @@ class Delivery:
 
     def _compare(self, row: AppendedRow) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""
-        tolerance = relative_tolerance(load_job(self._run_dir))
+        tolerance = relative_tolerance(load_any_job(self._run_dir))
         for metric in COMPARED:
             first, now = row.again.get(metric, (0.0, 0.0))
             if differ(first, now, tolerance):

@@ -4,20 +4,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.password import secrets_of
+from orchestrator.tracking.password import KINDS_TRACKED, secrets_of
 from runfolder.appended import read_lines
 from runfolder.chain import attempts, result
 from runfolder.costs import read_costs
 from runfolder.files import Record
+from runfolder.job import Job, Tracking
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_job
+from runfolder.record import load_any_job, load_job
 from runfolder.snapshot import read_plan
+from runfolder.staged_job import StagedJob
+from runfolder.stages import stage_folders
 
 # Facts under the names by which MLflow's pages look for them.
 _MLFLOW_TAGS = {
     "fleetune.git.commit": "mlflow.source.git.commit",
     "fleetune.versions.fleetune": "fleetune.version",
 }
+NOT_TRAINING = "fleetune.not_training"  # of a job of stages as a whole, and of a stage that writes
 MACHINE = "machine"  # the event that says what machine an attempt runs on
 REASON_TAG = "fleetune.reason"
 _LONGEST_REASON = 1000  # characters; a tag of MLflow has a limit
@@ -33,11 +37,20 @@ def state_in_mlflow(status: str) -> str:
     return status.lower()
 
 
+def tracking_of(run_dir: Path) -> Tracking:
+    """Where the metrics of a run go; raises Damaged for one that has none."""
+    job = load_any_job(run_dir)
+    if isinstance(job, KINDS_TRACKED):
+        return job.tracking
+    return load_job(run_dir).tracking
+
+
 def job_params(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """The frozen job with its defaults as flat params, and the digests of data and base; nulls are left out."""
-    job = load_job(run_dir)
+    job = load_any_job(run_dir)
     params = dict(_flat(job.dump()))
-    params["train.lr"] = repr(job.lr)
+    if isinstance(job, Job):
+        params["train.lr"] = repr(job.lr)
     digests = {}
     for name, digest in record.get("digests", {}).items():
         digests[f"{name}_digest"] = digest
@@ -54,7 +67,7 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
     Of one that has ended also why, which is empty where it has succeeded: it may have been paused before.
     """
-    job = load_job(run_dir)
+    job = load_any_job(run_dir)
     facts = dict(record)
     for name in ("job", "digests", "run_id"):
         facts.pop(name, None)
@@ -64,7 +77,14 @@ def job_tags(run_dir: Path, record: Mapping[str, Any]) -> dict[str, str]:
     for name, text in _flat(facts):
         tags[f"fleetune.{name}"] = text
     tags["fleetune.name"] = job.name
-    tags["fleetune.method"] = job.method.kind
+    if isinstance(job, Job):
+        tags["fleetune.method"] = job.method.kind
+    else:
+        tags[NOT_TRAINING] = "true"
+    if isinstance(job, StagedJob):
+        folders = stage_folders(run_dir, job.stages)
+        for stage, folder in folders.items():
+            tags[f"fleetune.stages.{stage}"] = folder.name
     tags["fleetune.run_dir"] = mirrored_from(run_dir) or str(run_dir)
     ended = result(run_dir)
     if ended:

@@ -20,15 +20,14 @@ from urllib.parse import urlsplit
 from clusters.controllers import is_collected
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import machine_tags
-from orchestrator.tracking.facts import datasets, job_params, job_tags
-from orchestrator.tracking.password import TRACKING_URI
+from orchestrator.tracking.facts import datasets, job_params, job_tags, tracking_of
+from orchestrator.tracking.password import KINDS_TRACKED, TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
-from runfolder.chain import Attempt, attempts
-from runfolder.files import Record, read_json, take_name, write_json
+from runfolder.chain import attempts, result
+from runfolder.files import Record, list_names, read_json, take_name, write_json
 from runfolder.folders import home
-from runfolder.job import Job
 from runfolder.mirror import mirrored_from
-from runfolder.record import load_any_job, load_job, read_record
+from runfolder.record import load_any_job, read_brief, read_record
 from runfolder.secrets import read_secrets
 from runfolder.shapes import MLFLOW_RUN
 from runfolder.variables import public
@@ -117,7 +116,7 @@ def ui_command(uri: str | None, port: int = 5000) -> tuple[list[str], dict[str, 
 def address(run_dir: Path) -> str:
     """The URI of the MLflow that gets a run, with its password: of the one that has it, else of the one asked for."""
     secrets = read_secrets(run_dir)
-    requested = secrets.get(TRACKING_URI) or resolve(load_job(run_dir).tracking.uri)
+    requested = secrets.get(TRACKING_URI) or resolve(tracking_of(run_dir).uri)
     record = counting_run(run_dir)
     if record is None:
         return requested
@@ -132,7 +131,7 @@ def is_left_to_others(run_dir: Path) -> bool:
     What comes of an evaluation is in the runs of its adapters, once the answers are judged.
     """
     job = load_any_job(run_dir)
-    if not isinstance(job, Job):
+    if not isinstance(job, KINDS_TRACKED):
         return True
     return is_collected() and job.tracking.uri is None
 
@@ -143,14 +142,15 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
     Raises DeliveryRefused where the run or its experiment was deleted in MLflow: what somebody deleted is not brought
     back, and not made anew beside it, without being asked. The rows stay in the run folder.
     """
-    experiment_name = load_job(run_dir).tracking.experiment
+    parent = _open_parent(client, run_dir, uri, fence)
+    experiment_name = tracking_of(run_dir).experiment
     experiment = _experiment(client, experiment_name, uri)
     mlflow_run_ids = _tagged_runs(client, experiment, run_dir.name)
     counts_for_all = (run_dir / "mlflow").exists() or mirrored_from(run_dir) is None
     if not (run_dir / "mlflow").exists():
         fence()
         if not mlflow_run_ids:
-            created = _create_mlflow_run(client, experiment, run_dir)
+            created = _create_mlflow_run(client, experiment, run_dir, parent)
             mlflow_run_ids = [created]
         oldest = mlflow_run_ids[0]
         claim = {"mlflow_run_id": oldest, "uri": public(uri), "experiment_id": experiment}
@@ -162,6 +162,20 @@ def open_run(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) ->
         for other in set(mlflow_run_ids) - {counting}:
             client.delete_run(other)
     return _get_run(client, run_dir, counting)
+
+
+def _open_parent(client: Any, run_dir: Path, uri: str, fence: Callable[[], None]) -> str | None:
+    """Open or adopt the MLflow run of the job that a run is a stage of; None for a run that is none."""
+    files = list_names(run_dir)
+    whole = read_brief(run_dir, files).get("stage_of")
+    folder = run_dir.parent / str(whole)
+    if whole is None or not folder.exists():
+        return None
+    parent = open_run(client, folder, uri, fence)
+    mlflow_run_id: str = parent.info.run_id
+    if result(folder) is None and parent.info.status != "RUNNING":
+        client.update_run(mlflow_run_id, status="RUNNING")
+    return mlflow_run_id
 
 
 def _tagged_runs(client: Any, experiment: str, run_id: str) -> list[str]:
@@ -248,13 +262,15 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _create_mlflow_run(client: Any, experiment: str, run_dir: Path) -> str:
-    """Make an MLflow run that begins when the first attempt did; gives its id."""
-    tried = attempts(run_dir) or [Attempt(run_dir, 1)]
-    began = tried[0].claim["time"]
+def _create_mlflow_run(client: Any, experiment: str, run_dir: Path, parent: str | None = None) -> str:
+    """Make an MLflow run that begins when the first attempt did, or a job of stages; gives its id."""
+    tried = attempts(run_dir)
+    began = tried[0].claim["time"] if tried else read_record(run_dir)["submitted"]
     start_ms = int(began * 1000)
     name = run_dir.name
     tags = {RUN_ID_TAG: name}
+    if parent is not None:
+        tags[PARENT_TAG] = parent
     run = client.create_run(experiment, start_time=start_ms, tags=tags, run_name=name)
     return str(run.info.run_id)
 

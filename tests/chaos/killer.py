@@ -40,10 +40,11 @@ def plan(rng: random.Random, number: int, most_steps: int) -> Iterator[Kill]:
 
 
 class Killer:
-    """Kills what belongs to one run."""
+    """Kills what belongs to one run, or to a stage of the one that was submitted."""
 
-    def __init__(self, cluster: Local, run_dir: Path, rng: random.Random) -> None:
+    def __init__(self, cluster: Local, run_dir: Path, rng: random.Random, submitted: str | None = None) -> None:
         self._cluster, self._run_dir, self._rng = cluster, run_dir, rng
+        self._submitted = submitted or run_dir.name
         self._attempt, self._rows, self._spared = 0, 0, False
 
     def strike(self, kill: Kill) -> str:
@@ -59,7 +60,7 @@ class Killer:
         else:
             if kill.moment == "save":
                 until(lambda: list(unfinished_saves(self._run_dir)), PATIENCE_S, 0.0005)
-            pids = until(lambda: self._find(kill.victim), PATIENCE_S)
+            pids = until(lambda: self.find(kill.victim), PATIENCE_S)
             signal_all(pids, signal.SIGKILL)
             until(lambda: not any(map(lives, pids)))
         self._note(kill)
@@ -79,11 +80,11 @@ class Killer:
             self._cluster.start()  # as the next command of a user, or cron, would
             until(lambda: self._cluster.state()["supervisor"])
 
-    def _find(self, victim: str) -> list[int]:
+    def find(self, victim: str) -> list[int]:
         """The processes to kill; empty while they are not there."""
         state = self._cluster.state()
         pids = {"supervisor": state["supervisor"], "head": state["head"]}
-        pids["controller"] = state["controllers"].get(self._run_dir.name)
+        pids["controller"] = state["controllers"].get(self._submitted)
         if victim == "everything":
             return [pid for pid in pids.values() if pid]
         if victim == "worker":

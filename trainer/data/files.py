@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runfolder.files import sha256
-from runfolder.sources import HubDataset, file_of, parse_source
+from runfolder.sources import HubDataset, StageOutput, file_of, parse_source
 
 SourceName = str | Path  # a file or a hub dataset, as a job names it
 Records = Iterator[tuple[int, Any]]  # a record's number, from 1 (in .jsonl: its line), and the record
@@ -33,6 +33,8 @@ def records(source: str) -> Records:
     parsed = parse_source(source)
     if isinstance(parsed, HubDataset):
         return _hub_records(source, parsed)
+    if isinstance(parsed, StageOutput):
+        reject(source, "the output of a stage", _ALLOWED_SOURCES)
     path = parsed.path
     file_type = path.suffix
     if file_type == ".gz":

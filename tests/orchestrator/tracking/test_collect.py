@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from another_home import AnotherHome, NoRoute, far_cluster
 from mlflow_runs import runs_of, series
 from mlflow_server import Server
@@ -20,6 +21,7 @@ import fleetune
 from clusters.controllers import COLLECTED, controller_command
 from fleetune import InputError
 from orchestrator import backends, runs
+from orchestrator.comparison.run import load_runs
 from orchestrator.tracking import store
 from orchestrator.tracking.collect import deliver_all
 from orchestrator.tracking.delivery import Delivery
@@ -27,9 +29,11 @@ from runfolder import chain, news
 from runfolder.delivered import is_delivered, note_delivered, tracked_run
 from runfolder.files import read_json
 from runfolder.mirror import Mirror
+from runfolder.record import create_run_folder
 from runfolder.requests import request_cancel
 from runfolder.row_results import RowResult, last_row_results, write_row_results
 from runfolder.site import LocalSite
+from runfolder.stages import StageNote, note_stage
 
 
 @pytest.fixture(scope="module")
@@ -502,3 +506,35 @@ def test_who_compares_on_the_other_machine_gets_what_laptops_submitted(home: Pat
     note_delivered(run_dir, None)
     assert deliver_all() == {}
     assert series(None, run_dir) == expected((1, 1, 3))
+
+
+def test_a_job_of_stages_is_one_run_with_those_of_its_stages_below_it(far_home: Path) -> None:
+    folders = []
+    for stage in ("sft", "dpo"):
+        folder = make_run(far_home / "runs", runs.new_id(f"two-{stage}"), None)
+        folders.append(folder)
+    jobs = [yaml.safe_load((folder / "job.yaml").read_text())["job"] for folder in folders]
+    whole = far_home / "runs" / runs.new_id("two")
+    stages = dict(zip(("sft", "dpo"), jobs, strict=True))
+    job = {"name": "two", "stages": stages, "tracking": jobs[0]["tracking"]}
+    create_run_folder(whole, {"run_id": whole.name, "cluster": "elsewhere", "submitted": 1e9, "job": job})
+    for stage, folder in zip(("sft", "dpo"), folders, strict=True):
+        note_stage(whole, stage, StageNote(folder.name, "key", reused=False))
+        record = yaml.safe_load((folder / "job.yaml").read_text())
+        (folder / "job.yaml").write_text(yaml.safe_dump({**record, "stage_of": whole.name}))
+        (folder / "run.json").unlink(missing_ok=True)
+        attempt = claim(folder)
+        steps(attempt, 1, 3)
+        attempt.close({"state": "succeeded", "reason": None})
+    chain.close(whole, {"state": "succeeded", "reason": None})
+    runs.remember(whole.name, "elsewhere")
+    assert deliver_all() == {}
+    (parent,) = runs_of(None, whole)
+    assert parent.info.status == "FINISHED" and parent.data.tags["fleetune.stages.dpo"] == folders[1].name
+    for folder in folders:
+        (child,) = runs_of(None, folder)
+        assert child.data.tags[store.PARENT_TAG] == parent.info.run_id and child.info.status == "FINISHED"
+        assert series(None, folder) == expected((1, 1, 3))
+    assert deliver_all() == {} and len(runs_of(None, whole)) == 1
+    compared = {run.run_id for run in load_runs(store.client(store.resolve(None)), "fakes", "")}
+    assert compared >= {folder.name for folder in folders} and whole.name not in compared

@@ -1,0 +1,1 @@
+"""Jobs of several stages: read, submitted, and done one stage after another in one allocation."""
