@@ -142,15 +142,16 @@ def _attend(
     """Attention over the prefix and what the mask shows."""
     rows = len(key_BHSD)
     prefix_2HVD = module.prefix.to(key_BHSD.dtype)
-    prefix_21HVD = prefix_2HVD[:, None]
+    prefix_21HVD = prefix_2HVD.unsqueeze(1)
     prefix_2BHVD = prefix_21HVD.expand(-1, rows, -1, -1, -1)
     prefix_key, prefix_value = prefix_2BHVD
     key = torch.cat((prefix_key, key_BHSD), dim=2)
     value = torch.cat((prefix_value, value_BHSD), dim=2)
-    tokens = prefix_key.shape[2]
+    tokens = prefix_key.size(2)
     in_front = (tokens, 0)
     mask = nn.functional.pad(mask_BHTS, in_front, value=True)
-    attended: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
+    attended: tuple[Tensor, None]
+    attended = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
     return attended
 
 
