@@ -142,10 +142,13 @@ def step_that_awaits_term(pipe: Path, told: threading.Event) -> Iterator[None]:
 
 def seconds_left() -> float:
     """How long until SLURM ends this job; very long where it does not say."""
-    question = ["squeue", "--noheader", "--format=%e", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    job_id = os.environ["SLURM_JOB_ID"]
+    question = ["squeue", "--noheader", "--format=%e", f"--jobs={job_id}"]
     said = probe(question, _END_QUESTION_S, slurm_environment())
     end = seconds_of(said.output.strip())
-    return threading.TIMEOUT_MAX if end is None else end - time.time()
+    if end is None:
+        return threading.TIMEOUT_MAX
+    return end - time.time()
 
 
 def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:

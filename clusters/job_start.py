@@ -53,7 +53,8 @@ class JobStart:
 
 def latest_noted(folder: Path) -> tuple[int, int]:
     """The submission of the latest start that left its name in a folder, and its number; (0, 0) where none did."""
-    return max(noted_starts(folder), default=(0, 0))
+    noted = noted_starts(folder)
+    return max(noted, default=(0, 0))
 
 
 def noted_starts(folder: Path) -> list[tuple[int, int]]:

@@ -5,11 +5,10 @@ with this same class, in `FLEETUNE_HOME` there.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,17 +22,16 @@ from clusters.base import (
     SubmittedOtherwise,
     Unreachable,
     look_at,
-    number_of_submission,
     run_of_submission,
     submission_name,
 )
 from clusters.closing import close_cancelled
 from clusters.environment import run_settings
-from clusters.kubernetes_answers import goes_on, runs_now
+from clusters.kubernetes_answers import goes_on, runs_now, submission_in, submissions
 from clusters.kubernetes_api import KubernetesApi, Rejected
 from clusters.kubernetes_config import KubernetesConfig, flaw_of_name
 from clusters.kubernetes_keeper import ask_folders, note_try_in, submit_again
-from clusters.kubernetes_look import OUR_OBJECTS, statuses_of
+from clusters.kubernetes_look import OUR_OBJECTS, objects_of, statuses_of
 from clusters.kubernetes_nodes import capacity_of_nodes, nodes_of
 from clusters.pod_link import PodLink
 from clusters.pod_starts import is_pod
@@ -52,7 +50,6 @@ from runfolder.service import ServiceSpec
 from runfolder.site import LocalSite
 
 _LONGEST_VARIABLES = 1 << 17  # characters: an object may have 1.5 MiB, and each variable is twice in it
-_SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
 
 RayJob = dict[str, Any]
 
@@ -68,7 +65,8 @@ class Kubernetes:
     @cached_property
     def api(self) -> KubernetesApi:
         """The API server, which is asked with the first look at it."""
-        return KubernetesApi(self.config.context, self.config.namespace)
+        config = self.config
+        return KubernetesApi(config.context, config.namespace)
 
     @staticmethod
     def open(config: KubernetesConfig, home: Path) -> "Kubernetes":
@@ -105,7 +103,7 @@ class Kubernetes:
             environment=self._variables(job),
             entrypoint=[*python, "clusters.pod_job", run_dir, name, str(nodes)],
             leaving=["true"] if is_service else [*python, "clusters.pod_leaving", run_dir, str(grace_s)],
-            ray_version=locked_ray(),
+            ray_version=installed_lock().ray_version,
         )
         try:
             text = manifest_text(manifest_of(job, pods, self.config, run_dir))
@@ -159,15 +157,19 @@ class Kubernetes:
     def newest_rayjobs(self, run_ids: Iterable[str]) -> dict[str, RayJob | None]:
         """The RayJob of each run's newest submission, None where there is none, by one list."""
         wanted = [*run_ids]
-        newest: dict[str, RayJob] = {}
-        rayjobs = self._rayjobs_of(wanted[0]) if len(wanted) == 1 else submissions(self.api.rayjobs(OUR_OBJECTS))
-        for candidate in rayjobs:
+        newest: dict[str, RayJob | None] = dict.fromkeys(wanted)
+        selector = OUR_OBJECTS
+        if len(wanted) == 1:
+            selector = objects_of(wanted[0])
+        for candidate in submissions(self.api.rayjobs(selector)):
             labels = candidate["metadata"]["labels"]
             run_id = labels.get(RUN_LABEL, "")
-            earlier = newest.get(run_id)
-            if earlier is None or _submission_in(candidate) > _submission_in(earlier):
+            if run_id not in newest:
+                continue
+            earlier = newest[run_id]
+            if earlier is None or submission_in(candidate) > submission_in(earlier):
                 newest[run_id] = candidate
-        return {run_id: newest.get(run_id) for run_id in wanted}
+        return newest
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the volume."""
@@ -176,8 +178,10 @@ class Kubernetes:
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's entrypoints printed, the newest submission's after the others'."""
         if not is_pod():
-            return Logs(**self._reader.ask({"verb": "logs", "run_id": run_id, "offset": offset}))
-        return joined_logs((self.home / "kubernetes").glob(f"{run_id}-s*.log"), offset)
+            answer = self._reader.ask({"verb": "logs", "run_id": run_id, "offset": offset})
+            return Logs(**answer)
+        folder = self.home / "kubernetes"
+        return joined_logs(folder.glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
         """Remove the run's RayJobs that do not run yet, and close it where no controller runs that would."""
@@ -192,7 +196,9 @@ class Kubernetes:
 
     def capacity(self) -> Capacity:
         """GPUs of the nodes, or their cores; free is what runs here leave of them. Raises CapacityNotTold."""
-        return capacity_of_nodes(nodes_of(self.api), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
+        nodes = nodes_of(self.api)
+        pods = self.api.pods(OUR_OBJECTS)
+        return capacity_of_nodes(nodes, pods, self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:
         """What the reader's pod answers to a request (clusters/answer.py)."""
@@ -206,20 +212,24 @@ class Kubernetes:
     @cached_property
     def _reader(self) -> FarSide:
         """What answers for run folders in the reader's pod, by this version of Fleetune."""
-        config = self.config.model_copy(update={"python": self.config.python or "python"})
+        python = self.config.python or "python"
+        config = self.config.model_copy(update={"python": python})
         link = PodLink(config.context, config.namespace)
         name = f"of kind kubernetes, namespace {config.namespace}"
-        return FarSide(FarMachine(name, link, config, installed_code(), installed_lock()))
+        machine = FarMachine(name, link, config, installed_code(), installed_lock())
+        return FarSide(machine)
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's RayJobs that are there, and of those that have started it before."""
-        started: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
-        numbers = [_submission_in(found) for found in self._rayjobs_of(run_id)]
-        return 1 + max([started, *numbers])
+        latest: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
+        for found in self._rayjobs_of(run_id):
+            latest = max(latest, submission_in(found))
+        return latest + 1
 
     def _rayjobs_of(self, run_id: str) -> list[RayJob]:
         """The RayJobs of a run that are still there."""
-        return submissions(self.api.rayjobs(f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"))
+        selector = objects_of(run_id)
+        return submissions(self.api.rayjobs(selector))
 
     def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""
@@ -251,24 +261,6 @@ def rayjob_in(text: str) -> RayJob:
     if manifest["kind"] != "RayJob":
         raise SubmissionRefused("a service is not submitted to Kubernetes yet; apply what --dry-run prints")
     return manifest
-
-
-@cache
-def locked_ray() -> str:
-    """The version of Ray that runs have."""
-    pinned = re.search(r"^ray==(\S+)", installed_lock().constraints, re.MULTILINE)
-    assert pinned
-    return pinned[1]
-
-
-def submissions(rayjobs: Iterable[RayJob]) -> list[RayJob]:
-    """Those of some RayJobs that have the name of a submission."""
-    return [found for found in rayjobs if _SUBMISSION.fullmatch(found["metadata"]["name"])]
-
-
-def _submission_in(found: RayJob) -> int:
-    """The number of a RayJob among the submissions of its run."""
-    return number_of_submission(found["metadata"]["name"])
 
 
 def check_ours(existing: RayJob, manifest: RayJob) -> None:

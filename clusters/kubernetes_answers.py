@@ -1,8 +1,10 @@
 """What Kubernetes says of a run, in words: from its RayJob, the pods of that, and Kueue."""
 
+import re
 from collections.abc import Iterable
+from typing import TypeVar
 
-from clusters.base import ClusterStatus
+from clusters.base import ClusterStatus, number_of_submission
 from clusters.kueue import Answered, QueueView
 from k8s.planned import CLUSTER_LABEL, GANG_LABEL, QUEUE_LABEL
 
@@ -21,22 +23,43 @@ _KUEUE_GATE = "kueue.x-k8s.io/admission"
 _NOT_FOUND = (126, 127)  # exit codes of a command that cannot be run
 _SUSPENDED = ("Suspended", "Suspending")
 _OVER = ("Complete", "Failed", "ValidationFailed")
+_SUBMISSION = re.compile(r"[a-z].*-s[1-9]\d*", re.ASCII)
+_RayJob = TypeVar("_RayJob", bound=Answered)
+
+
+def submissions(rayjobs: Iterable[_RayJob]) -> list[_RayJob]:
+    """Those of some RayJobs that have the name of a submission."""
+    found = []
+    for rayjob in rayjobs:
+        if _SUBMISSION.fullmatch(rayjob["metadata"]["name"]):
+            found.append(rayjob)
+    return found
+
+
+def submission_in(rayjob: Answered) -> int:
+    """The number of a RayJob among the submissions of its run."""
+    return number_of_submission(rayjob["metadata"]["name"])
 
 
 def goes_on(rayjob: Answered) -> bool:
     """Whether a RayJob waits, starts or runs; by `jobDeploymentStatus` alone, as `jobStatus` is ahead of it."""
-    is_removed = "deletionTimestamp" in rayjob["metadata"]
-    return not is_removed and _deployment(rayjob) not in _OVER
+    if "deletionTimestamp" in rayjob["metadata"]:
+        return False
+    return _deployment(rayjob) not in _OVER
 
 
 def runs_now(rayjob: Answered) -> bool:
     """Whether all pods of a RayJob have been ready, and KubeRay hands its entrypoint to Ray, or has."""
-    return goes_on(rayjob) and _deployment(rayjob) == "Running"
+    is_running = _deployment(rayjob) == "Running"
+    return is_running and goes_on(rayjob)
 
 
 def is_suspended(rayjob: Answered) -> bool:
     """Whether somebody, who is Kueue mostly, holds a RayJob back."""
-    return bool(rayjob["spec"].get("suspend")) or _deployment(rayjob) in _SUSPENDED
+    spec = rayjob["spec"]
+    if spec.get("suspend"):
+        return True
+    return _deployment(rayjob) in _SUSPENDED
 
 
 def is_invalid(rayjob: Answered) -> bool:
@@ -178,8 +201,9 @@ def why_not_started(pod: Answered) -> str:
 
 def is_held_by_kueue(pod: Answered) -> bool:
     """Whether a pod waits for Kueue, which may manage every pod of a namespace."""
-    gates = {gate["name"] for gate in pod["spec"].get("schedulingGates", [])}
-    return _KUEUE_GATE in gates
+    gates = pod["spec"].get("schedulingGates", [])
+    names = [gate["name"] for gate in gates]
+    return _KUEUE_GATE in names
 
 
 def _why_ended(pods: list[Answered]) -> ClusterStatus | None:
@@ -207,10 +231,12 @@ def _why_ended(pods: list[Answered]) -> ClusterStatus | None:
 
 def _words_of(ended: Answered) -> str:
     """Why something is as it is, in one line: the reason, and the end of the message, where there are any."""
+    reason = ended.get("reason")
     message = str(ended.get("message") or "")
     in_one_line = " ".join(message.split())
-    parts = [ended.get("reason"), in_one_line[-300:]]
-    return ": ".join(filter(None, parts)) or "no reason given"
+    parts = [reason, in_one_line[-300:]]
+    words = filter(None, parts)
+    return ": ".join(words) or "no reason given"
 
 
 def _init_container(pods: list[Answered]) -> str:
@@ -229,7 +255,9 @@ def _init_container(pods: list[Answered]) -> str:
 def _containers(pod: Answered) -> list[Answered]:
     """How the containers of a pod are, those first that run before the others."""
     status = pod["status"]
-    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+    first = status.get("initContainerStatuses", [])
+    others = status.get("containerStatuses", [])
+    return [*first, *others]
 
 
 def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
@@ -247,4 +275,6 @@ def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
 def _is_ready(pod: Answered) -> bool:
     """Whether a pod has containers, and all of them are ready."""
     containers = pod["status"].get("containerStatuses", [])
-    return bool(containers) and all(container.get("ready") for container in containers)
+    if not containers:
+        return False
+    return all(container.get("ready") for container in containers)

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from clusters.base import number_of_submission
-from clusters.kubernetes import Kubernetes, submissions
-from clusters.kubernetes_answers import goes_on, runs_now
+from clusters.kubernetes import Kubernetes
+from clusters.kubernetes_answers import goes_on, runs_now, submissions
 from clusters.kubernetes_look import OUR_OBJECTS
 from clusters.kueue import Answered
 from clusters.remote.leftovers import HomeLeftover
@@ -37,7 +37,8 @@ def leftovers_of(cluster: Kubernetes) -> list[Leftover]:
     rayjobs = submissions(cluster.api.rayjobs(OUR_OBJECTS))
     run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids)
-    found = [*_rayjobs(rayjobs, snapshots), *_without_rayjob(cluster, pods, rayjobs)]
+    found = [*_rayjobs(rayjobs, snapshots)]
+    found += _without_rayjob(cluster, pods, rayjobs)
     for plain in cluster.ask_reader({"verb": "leftovers"}):
         found.append(_of_home(cluster, HomeLeftover(**plain)))
     return found
@@ -79,7 +80,9 @@ def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> l
 
 def _ended_days_ago(rayjob: Answered) -> float:
     """For how many days a RayJob has been over, by the server's own times."""
-    ended = rayjob["status"].get("endTime") or rayjob["metadata"]["creationTimestamp"]
+    ended = rayjob["status"].get("endTime")
+    if not ended:
+        ended = rayjob["metadata"]["creationTimestamp"]
     age = datetime.now(UTC) - datetime.fromisoformat(ended)
     return age / timedelta(days=1)
 
@@ -113,8 +116,9 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
     seen = set()
     for pod in pods:
         metadata = pod["metadata"]
-        name = metadata["labels"].get(CLUSTER_LABEL)
-        run_id = metadata["labels"].get(RUN_LABEL)
+        labels = metadata["labels"]
+        name = labels.get(CLUSTER_LABEL)
+        run_id = labels.get(RUN_LABEL)
         phase = pod["status"].get("phase")
         is_live = phase in ("Pending", "Running") and "deletionTimestamp" not in metadata
         is_known = run_id in there or name in seen
@@ -126,4 +130,6 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
 
 def _of_home(cluster: Kubernetes, found: HomeLeftover) -> Leftover:
     """What is left over below FLEETUNE_HOME, on the volume."""
-    return Leftover(f"{cluster.home}/{found.path}", found.why, found.size, path=found.path)
+    path = found.path
+    name = f"{cluster.home}/{path}"
+    return Leftover(name, found.why, found.size, path=path)

@@ -18,8 +18,8 @@ from clusters import process
 from clusters.base import Unreachable
 from clusters.entry import QueueEntry, queued_run
 from clusters.environment import machine_variables
-from clusters.local import Local, capacity_needed
-from clusters.machine import total_capacity
+from clusters.local import Local
+from clusters.machine import capacity_needed, total_capacity
 from clusters.ray_head import Backoff, Head
 
 TICK_S = 0.5

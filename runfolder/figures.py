@@ -138,7 +138,9 @@ def _is_evaluation(row: Record) -> bool:
 
     The rows of a run that evaluates count its answers alone.
     """
-    return not _is_step(row) and COOLED_LOSS not in row and "answered" not in row
+    if _is_step(row) or COOLED_LOSS in row:
+        return False
+    return "answered" not in row
 
 
 def _eval_metrics(row: Record) -> Record:

@@ -29,7 +29,9 @@ class Goodput:
     @property
     def total(self) -> float:
         """All the seconds together."""
-        return self.queued + self.starting + self.training + self.repeated + self.stalled
+        in_steps = self.training + self.repeated
+        outside_steps = self.queued + self.starting + self.stalled
+        return in_steps + outside_steps
 
 
 class StepTime(NamedTuple):
@@ -95,7 +97,8 @@ def goodput(submitted: float, slots: Sequence[SlotTimes], now: float) -> Goodput
     seconds: dict[str, float] = {}
     for phase, begin, end in _intervals(submitted, slots, now):
         length = max(0.0, end - begin)  # the clocks of several hosts differ a little
-        seconds[phase] = seconds.get(phase, 0.0) + length
+        before = seconds.get(phase, 0.0)
+        seconds[phase] = before + length
     return Goodput(**seconds)
 
 

@@ -169,7 +169,10 @@ def _needs_nothing(run_dir: Path, known: Known) -> bool:
     """Whether all of a closed run was delivered: by the one who asks, or from here to a server."""
     if isinstance(known, int):
         return known == last_slot(run_dir)
-    return tracked_run(run_dir) is not None and load_job(run_dir).tracking.uri is not None
+    if tracked_run(run_dir) is None:
+        return False
+    job = load_job(run_dir)
+    return job.tracking.uri is not None
 
 
 class _Reader:

@@ -106,5 +106,9 @@ def _as_yaml(record: Mapping[str, Any]) -> str:
 
 def _brief(record: Mapping[str, Any]) -> Record:
     train = record["job"].get("train")
-    steps = train.get("steps") if isinstance(train, dict) else None
-    return {"format": FORMAT, "cluster": record.get("cluster"), "submitted": record.get("submitted"), "steps": steps}
+    steps = None
+    if isinstance(train, dict):
+        steps = train.get("steps")
+    cluster = record.get("cluster")
+    submitted = record.get("submitted")
+    return {"format": FORMAT, "cluster": cluster, "submitted": submitted, "steps": steps}

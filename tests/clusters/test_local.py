@@ -13,7 +13,7 @@ import pytest
 from local_cluster import entry, job, make_run_dir, running, serve, submit, text
 from waiting import until
 
-from clusters import environment, process, ray_head, ray_start
+from clusters import environment, machine, process, ray_head, ray_start
 from clusters import local as local_module
 from clusters.base import SubmissionRefused, Unreachable
 from clusters.entry import Queue, queued_run
@@ -99,7 +99,7 @@ def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
 
 
 def test_nobody_overtakes_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 4))
+    monkeypatch.setattr(machine, "total_capacity", lambda: ("cpu", 4))
     line = [entry("a", 2), entry("b", 3), entry("c", 1)]
     assert [e.run_id for e in fitting(line, 4)] == ["a"]
     assert [e.run_id for e in fitting(line, 6)] == ["a", "b", "c"]
