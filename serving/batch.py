@@ -26,10 +26,12 @@ class Batch:
     @property
     def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
-        needs = self.adapters.needs
+        adapters = self.adapters
+        needs = adapters.needs
         grouped = self.grouping.size
-        residents = [id(member.resident) for member in self.adapters.members]
-        return self.rows, self.tail, self.parts, self.is_greedy, needs, grouped, *residents
+        rows = (self.rows, self.tail, self.parts)
+        residents = [id(member.resident) for member in adapters.members]
+        return *rows, self.is_greedy, needs, grouped, *residents
 
 
 def parts_of(length: int, programs: int) -> int:

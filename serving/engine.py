@@ -257,7 +257,8 @@ class Engine:
     def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
-        for sequence, token in zip(sequences, tokens, strict=True):
+        pairs = zip(sequences, tokens, strict=True)
+        for sequence, token in pairs:
             self.scheduler.take(sequence, token)
 
     def _finish(self) -> None:

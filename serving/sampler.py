@@ -76,7 +76,8 @@ class Choice:
 
 def are_greedy(requests: Rows[Request]) -> bool:
     """Whether every request takes the likeliest token."""
-    return all(request.is_greedy for request in requests)
+    greedy = [request.is_greedy for request in requests]
+    return all(greedy)
 
 
 def sample(logits_TV: Tensor, choice: Choice, number_T: Tensor) -> Tensor:
