@@ -33,6 +33,7 @@ from clusters.slurm_environment import slurm_environment
 from clusters.slurm_walltime import warning_s
 from runfolder.chain import last_slot, result
 from runfolder.files import list_names, sync_folder
+from runfolder.latest_start import note_latest_start
 from runfolder.record import load_any_job
 
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
@@ -162,7 +163,7 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
-        slot = last_slot(start.run_dir)
+        slot = note_latest_start(start.run_dir)
         code = run_controller(start.run_dir, nodes, told, command)
         if code == 0 or result(start.run_dir) is not None:
             return 0

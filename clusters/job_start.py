@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runfolder.chain import last_slot, see_slots
 from runfolder.files import list_names, refresh
+from runfolder.latest_start import note_latest_start
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class JobStart:
         folder = self.run_dir / "starts"
         folder.mkdir(exist_ok=True)
         see_slots(self.run_dir)
-        slot = last_slot(self.run_dir)
+        slot = note_latest_start(self.run_dir)
         (folder / f"{self.submission}.{self.requeues}").write_text(str(slot))
 
     def fruitless(self) -> int:

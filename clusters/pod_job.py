@@ -30,6 +30,7 @@ from clusters.run_files import last_line, size_of
 from runfolder.chain import last_slot, result
 from runfolder.files import Damaged
 from runfolder.hindrance import note_hindrance
+from runfolder.latest_start import note_latest_start
 from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested
 from runfolder.snapshot import has_ended
@@ -104,7 +105,7 @@ class PodJob:
             if not self._are_nodes_there() or not self._wait_for(backoff.ready, math.inf):
                 return _TRY_AGAIN
             backoff.began()
-            slot = last_slot(run_dir)
+            slot = note_latest_start(run_dir)
             words = self._run_controller()
             if result(run_dir) is not None:  # one that was resumed while the rest was delivered has none
                 return 0

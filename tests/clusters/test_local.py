@@ -23,6 +23,7 @@ from clusters.supervisor import Supervisor, fitting
 from runfolder import chain
 from runfolder.delivered import note_delivered
 from runfolder.requests import request_cancel
+from runfolder.snapshot import snapshot
 
 SUBMIT = (
     "import sys; from pathlib import Path;"
@@ -138,12 +139,16 @@ def test_a_dead_controller_is_started_again_and_a_living_one_adopted(cluster: Lo
     submit(cluster, "two", 1)
     serve(cluster).tick()
     before = running(cluster)
+    folders = [cluster.site.root / "one", cluster.site.root / "two"]
+    for run_dir in folders:
+        chain.claim_next(run_dir, None)
     process.end(cluster.controller_lock("one"))
     process.reap()
     serve(cluster).tick()  # another supervisor, as after a kill
     after = running(cluster)
     assert after["two"] == before["two"]
     assert after["one"] != before["one"]
+    assert [snapshot(run_dir).left for run_dir in folders] == [True, False], "of which attempt the controller is gone"
 
 
 def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> None:
