@@ -111,7 +111,8 @@ class GroupPolicy(Objective):
             self._reward = reward_of(self._options)
         digest = self._writer.load()
         world_size = dist.get_world_size()
-        places = range(dist.get_rank(), len(batch.chosen), world_size)
+        rank = dist.get_rank()
+        places = range(rank, len(batch.chosen), world_size)
         answers = self._written(self._writer, batch, places, step)
         own = self._judged(batch, places, answers)
         dealt: list[list[JudgedGroup]] = [[] for _ in range(world_size)]
@@ -281,7 +282,8 @@ class GroupPolicy(Objective):
     def _room(self, row: PromptRow) -> int:
         """How many tokens the answer to a row's prompt may have; one place is the engine's, when it scores."""
         prompt = len(row.prompt.ids)
-        left = self.setup.reading.max_tokens - prompt - 1
+        limit = self.setup.reading.max_tokens
+        left = limit - prompt - 1
         return min(self._options.new_tokens, left)
 
 
