@@ -140,17 +140,20 @@ def _submit_to(
     """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
     backend = open_to_submit(cluster)
     checked = _checked(job, backend, progress)
-    is_dated = job.data.date is None and writes_date(checked.model)
+    model, site = checked.model, backend.site
+    is_dated = job.data.date is None and writes_date(model)
     if is_dated:
         job = with_date(job)
     make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
-    of_inputs = input_digests(job, checked.model, backend.site)
+    of_inputs = input_digests(job, model, site)
     before = job
-    job = brought(job, checked.model, backend.site, sent)
+    job = brought(job, model, site, sent)
     beside_job = {"dated": is_dated, "sent": places_before(before, job)}
-    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
+    frozen = frozen_record(job, model, cluster, folder, of_inputs)
     described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
-    return submit_frozen(backend, job, frozen, described, run_id=run_id, pause_at=pause_at, announce=announce)
+    return submit_frozen(
+        backend, job, frozen | beside_job, described, run_id=run_id, pause_at=pause_at, announce=announce
+    )
 
 
 def submit_frozen(

@@ -56,7 +56,8 @@ class Axis:
     @property
     def middle(self) -> float:
         """The pixel between start and end."""
-        return (self.start + self.end) / 2
+        together = self.start + self.end
+        return together / 2
 
     @property
     def scale(self) -> str:
@@ -67,10 +68,11 @@ class Axis:
 
     def at(self, value: float) -> float:
         """The pixel at which a value lies."""
-        pixels = self.end - self.start
+        start = self.start
+        pixels = self.end - start
         values = self.high - self.low
         fraction = (value - self.low) / values
-        return self.start + fraction * pixels
+        return start + fraction * pixels
 
     def ticks(self) -> list[float]:
         """Four to eight round values within the scale, but for those that no value can have."""

@@ -145,4 +145,5 @@ def _found_from(source: str, task_file: Path) -> str:
 
 def described(task: TaskSpec) -> dict[str, Any]:
     """What a task's questions depend on, beside its data; not what counts as right: that is judged each time."""
-    return task.model_dump(mode="json", exclude={"data", "rows", "extract", "normalise", "answer"})
+    not_asked = {"data", "rows", "extract", "normalise", "answer"}
+    return task.model_dump(mode="json", exclude=not_asked)

@@ -81,13 +81,16 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     sources = {"train": job.data.train, "eval": job.data.eval}
     for key, source in sources.items():
         if source and isinstance(parse_source(source), SubmitterFile):
-            sources[key] = bring(Path(source))
+            path = Path(source)
+            sources[key] = bring(path)
     data = job.data.model_copy(update=sources)
     base = job.base
     if model.folder is not None and Path(base.model).is_dir():
-        base = base.model_copy(update={"model": bring(model.folder)})
+        folder = bring(model.folder)
+        base = base.model_copy(update={"model": folder})
     objective = with_reward_file(job, lambda file: bring(Path(file)))
-    return job.model_copy(update={"data": data, "base": base, "objective": objective})
+    changes = {"data": data, "base": base, "objective": objective}
+    return job.model_copy(update=changes)
 
 
 def bringer(site: Site, sent: Sent) -> Callable[[Path], str]:
@@ -118,8 +121,9 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
 
 def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
+    git = git_state(folder)
     at_width = job.at_width(model.hidden_size)
-    return frozen_of(at_width, cluster, of_inputs, git_state(folder))
+    return frozen_of(at_width, cluster, of_inputs, git)
 
 
 def frozen_of(
