@@ -139,7 +139,8 @@ def _other_names() -> list[str]:
 
 def _start_node(folder: Path, name: str, command: Sequence[str]) -> KeptNode:
     """Start what keeps a node's Ray, here or by a step on that node."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, start_new_session=True, stdin=quiet)
     return KeptNode(name, folder, process)
 
 
@@ -147,11 +148,14 @@ def _await_nodes(nodes: list[KeptNode]) -> None:
     """Wait until each has answered or ended, the head first; say which do not answer."""
     deadline = time.monotonic() + _READY_S
     waiting = nodes
-    while waiting and nodes[0].process.poll() is None and time.monotonic() < deadline:
+    head = nodes[0]
+    while waiting and head.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-        waiting = [node for node in waiting if node.process.poll() is None and not node.answers_now()]
+        alive = [node for node in waiting if node.process.poll() is None]
+        waiting = [node for node in alive if not node.answers_now()]
     for node in nodes:
-        if not node.answers_now():
-            code = node.process.poll()
-            end = "" if code is None else f": what keeps it ended with code {code}"
-            print(f"Ray does not answer on {node.name}{end}", flush=True)
+        if node.answers_now():
+            continue
+        code = node.process.poll()
+        end = "" if code is None else f": what keeps it ended with code {code}"
+        print(f"Ray does not answer on {node.name}{end}", flush=True)

@@ -33,6 +33,7 @@ from clusters.slurm_environment import slurm_environment
 from clusters.slurm_walltime import warning_s
 from runfolder.chain import last_slot, result
 from runfolder.files import list_names, sync_folder
+from runfolder.latest_start import note_latest_start
 from runfolder.record import load_any_job
 
 _NODE_LOSS_S = 30.0  # that a controller has to notice the loss of a node
@@ -142,10 +143,13 @@ def step_that_awaits_term(pipe: Path, told: threading.Event) -> Iterator[None]:
 
 def seconds_left() -> float:
     """How long until SLURM ends this job; very long where it does not say."""
-    question = ["squeue", "--noheader", "--format=%e", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    job_id = os.environ["SLURM_JOB_ID"]
+    question = ["squeue", "--noheader", "--format=%e", f"--jobs={job_id}"]
     said = probe(question, _END_QUESTION_S, slurm_environment())
     end = seconds_of(said.output.strip())
-    return threading.TIMEOUT_MAX if end is None else end - time.time()
+    if end is None:
+        return threading.TIMEOUT_MAX
+    return end - time.time()
 
 
 def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Event, command: Sequence[str]) -> int:
@@ -159,7 +163,7 @@ def keep_controller(start: JobStart, nodes: AllocatedNodes, told: threading.Even
         while not backoff.ready():
             time.sleep(_ALLOCATION_POLL_S)
         backoff.began()
-        slot = last_slot(start.run_dir)
+        slot = note_latest_start(start.run_dir)
         code = run_controller(start.run_dir, nodes, told, command)
         if code == 0 or result(start.run_dir) is not None:
             return 0

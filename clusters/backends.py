@@ -32,4 +32,5 @@ def backend_of(kind: str) -> Backend:
 
 def open_backend(config: ClusterConfig, home: Path) -> Cluster:
     """The cluster that a configuration describes, whose machine this is, with its run folders in `home`/runs."""
-    return backend_of(config.kind).open(config, home)
+    backend = backend_of(config.kind)
+    return backend.open(config, home)

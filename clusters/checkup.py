@@ -35,9 +35,12 @@ _OTHER_ROOT = "name another `root` in the clusters file"
 def main() -> None:
     """Print the checks as one line of JSON."""
     wanted = json.load(sys.stdin)
-    folder = Path(sys.argv[1]) if sys.argv[1] else None
-    checks = [asdict(check) for check in check_cluster(wanted, home(), folder)]
-    print(json.dumps(checks))
+    folder = None
+    if sys.argv[1]:
+        folder = Path(sys.argv[1])
+    checks = check_cluster(wanted, home(), folder)
+    plain = [asdict(check) for check in checks]
+    print(json.dumps(plain))
 
 
 def check_cluster(wanted: dict[str, Any], root: Path, environment: Path | None) -> Iterator[Check]:
@@ -95,7 +98,8 @@ def _mounted_check(root: Path) -> Check:
 
 def _names_check(server: str, cluster: str) -> Check:
     """Whether pods can resolve names, which network policies may keep them from."""
-    said = probe([sys.executable, "-P", "-c", _RESOLVE, server], _NAMES_S)
+    question = [sys.executable, "-P", "-c", _RESOLVE, server]
+    said = probe(question, _NAMES_S)
     if not said.problem:
         return Check("names", "ok", f"{server} is resolved")
     mend = f"fleetune k8s install --cluster {cluster}, whose network policies let pods ask at ports 53 and 5353"

@@ -90,11 +90,14 @@ def _folders_of(job: AnyJob, home: Path) -> Iterator[tuple[str, Path]]:
 
 def _folders_of_service(service: ServiceSpec, home: Path) -> Iterator[tuple[str, Path]]:
     """The folders of files that a service reads, but those below `home`, by the field that names them."""
-    folders = {"base": Path(service.base), "tenants": Path(service.tenants).parent}
+    tenants = Path(service.tenants)
+    folders = {"base": Path(service.base), "tenants": tenants.parent}
     for name, folder in service.adapters.items():
-        folders[f"adapters.{name}"] = Path(folder)
+        field = f"adapters.{name}"
+        folders[field] = Path(folder)
     for field, path in folders.items():
-        if _is_here(path) and path != home and home not in path.parents:
+        is_below_home = home in (path, *path.parents)
+        if _is_here(path) and not is_below_home:
             yield field, path
 
 
@@ -108,6 +111,8 @@ def _is_here(path: Path) -> bool:
 
 def _mountable(field: str, folder: Path) -> str:
     """A folder as an option has it; raises SubmissionRefused where it cannot stand there."""
-    if not re.fullmatch(_PLAIN_PATH, str(folder)):
-        raise SubmissionRefused(f"{field}: found {reprlib.repr(str(folder))}; allowed in a container: {_ALPHABET}")
-    return str(folder)
+    path = str(folder)
+    if not re.fullmatch(_PLAIN_PATH, path):
+        found = reprlib.repr(path)
+        raise SubmissionRefused(f"{field}: found {found}; allowed in a container: {_ALPHABET}")
+    return path

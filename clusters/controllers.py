@@ -20,7 +20,8 @@ def until_moment(end: float) -> dict[str, str]:
 
 def end_of_allocation() -> float:
     """When this process's allocation ends, in seconds since 1970; never where that is not known."""
-    return float(os.environ.get(_END) or "inf")
+    end = os.environ.get(_END) or "inf"
+    return float(end)
 
 
 def on_nodes(count: int) -> dict[str, str]:
@@ -41,9 +42,11 @@ def controller_command(run_dir: str, python: Sequence[str] = (sys.executable,)) 
 
 def is_requeued() -> bool:
     """Whether this process is for a run that a scheduler starts again when it has ended it."""
-    return any(os.environ.get(name) for name in REQUEUED)
+    values = [os.environ.get(name) for name in REQUEUED]
+    return any(values)
 
 
 def is_collected() -> bool:
     """Whether this process is for a run whose rows whoever compares takes to an MLflow elsewhere."""
-    return any(os.environ.get(name) for name in COLLECTED)
+    values = [os.environ.get(name) for name in COLLECTED]
+    return any(values)

@@ -59,7 +59,9 @@ class QueuedRun:
     @property
     def finished(self) -> bool:
         """Whether the run has its final word, or its folder was removed."""
-        return self.run is None or self.run.result is not None
+        if self.run is None:
+            return True
+        return self.run.result is not None
 
     @property
     def settled(self) -> bool:
@@ -73,7 +75,9 @@ class QueuedRun:
     @property
     def cancelled(self) -> bool:
         """Whether the end of the run was requested since it was last opened."""
-        return self.run is not None and self.run.cancelled
+        if self.run is None:
+            return False
+        return self.run.cancelled
 
     @property
     def damaged(self) -> str | None:

@@ -45,7 +45,8 @@ class Holder:
 
     def dump(self) -> bytes:
         """The holder as bytes of JSON, which `parse_holder` reads."""
-        return json.dumps(asdict(self)).encode()
+        text = json.dumps(asdict(self))
+        return text.encode()
 
 
 def current_holder() -> Holder:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runfolder.chain import last_slot, see_slots
 from runfolder.files import list_names, refresh
+from runfolder.latest_start import note_latest_start
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class JobStart:
         folder = self.run_dir / "starts"
         folder.mkdir(exist_ok=True)
         see_slots(self.run_dir)
-        slot = last_slot(self.run_dir)
+        slot = note_latest_start(self.run_dir)
         (folder / f"{self.submission}.{self.requeues}").write_text(str(slot))
 
     def fruitless(self) -> int:
@@ -53,7 +54,8 @@ class JobStart:
 
 def latest_noted(folder: Path) -> tuple[int, int]:
     """The submission of the latest start that left its name in a folder, and its number; (0, 0) where none did."""
-    return max(noted_starts(folder), default=(0, 0))
+    noted = noted_starts(folder)
+    return max(noted, default=(0, 0))
 
 
 def noted_starts(folder: Path) -> list[tuple[int, int]]:

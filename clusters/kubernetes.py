@@ -5,11 +5,10 @@ the reader has: it answers for them with this same class, in `FLEETUNE_HOME` the
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,7 +69,8 @@ class Kubernetes:
     @cached_property
     def api(self) -> KubernetesApi:
         """The API server, which is asked with the first look at it."""
-        return KubernetesApi(self.config.context, self.config.namespace)
+        config = self.config
+        return KubernetesApi(config.context, config.namespace)
 
     @staticmethod
     def open(config: KubernetesConfig, home: Path) -> "Kubernetes":
@@ -111,7 +111,7 @@ class Kubernetes:
             environment=self._variables(job),
             entrypoint=[*python, "clusters.pod_job", run_dir, name, str(nodes)],
             leaving=["true"] if serves else [*python, "clusters.pod_leaving", run_dir, str(grace_s)],
-            ray_version=locked_ray(),
+            ray_version=installed_lock().ray_version,
         )
         try:
             text = manifest_text(manifest_of(job, pods, self.config, run_dir))
@@ -173,8 +173,10 @@ class Kubernetes:
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's entrypoints printed, the newest submission's after the others'."""
         if not is_pod():
-            return Logs(**self._reader.ask({"verb": "logs", "run_id": run_id, "offset": offset}))
-        return joined_logs((self.home / "kubernetes").glob(f"{run_id}-s*.log"), offset)
+            answer = self._reader.ask({"verb": "logs", "run_id": run_id, "offset": offset})
+            return Logs(**answer)
+        folder = self.home / "kubernetes"
+        return joined_logs(folder.glob(f"{run_id}-s*.log"), offset)
 
     def cancel(self, run_id: str) -> None:
         """Remove the run's RayJobs that do not run yet, and close it where no controller runs that would.
@@ -192,7 +194,9 @@ class Kubernetes:
 
     def capacity(self) -> Capacity:
         """GPUs of the nodes, or their cores; free is what runs here leave of them. Raises CapacityNotTold."""
-        return capacity_of_nodes(nodes_of(self.api), self.api.pods(OUR_OBJECTS), self.config.gpu_resource)
+        nodes = nodes_of(self.api)
+        pods = self.api.pods(OUR_OBJECTS)
+        return capacity_of_nodes(nodes, pods, self.config.gpu_resource)
 
     def ask_reader(self, request: Mapping[str, Any]) -> Any:
         """What the reader's pod answers to a request (clusters/answer.py)."""
@@ -206,10 +210,12 @@ class Kubernetes:
     @cached_property
     def _reader(self) -> FarSide:
         """What answers for run folders in the reader's pod, by this version of Fleetune."""
-        config = self.config.model_copy(update={"python": self.config.python or "python"})
+        python = self.config.python or "python"
+        config = self.config.model_copy(update={"python": python})
         link = PodLink(config.context, config.namespace)
         name = f"of kind kubernetes, namespace {config.namespace}"
-        return FarSide(FarMachine(name, link, config, installed_code(), installed_lock()))
+        machine = FarMachine(name, link, config, installed_code(), installed_lock())
+        return FarSide(machine)
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's submissions that are there, and that have started it before."""
@@ -231,11 +237,3 @@ class Kubernetes:
         if size > _LONGEST_VARIABLES:
             raise SubmissionRefused(f"env: found {size} characters; allowed: {_LONGEST_VARIABLES}")
         return variables
-
-
-@cache
-def locked_ray() -> str:
-    """The version of Ray that runs have."""
-    pinned = re.search(r"^ray==(\S+)", installed_lock().constraints, re.MULTILINE)
-    assert pinned
-    return pinned[1]

@@ -28,8 +28,9 @@ _OVER = ("Complete", "Failed", "ValidationFailed")
 
 def goes_on(rayjob: Answered) -> bool:
     """Whether a RayJob waits, starts or runs; by `jobDeploymentStatus` alone, as `jobStatus` is ahead of it."""
-    is_removed = "deletionTimestamp" in rayjob["metadata"]
-    return not is_removed and _deployment(rayjob) not in _OVER
+    if "deletionTimestamp" in rayjob["metadata"]:
+        return False
+    return _deployment(rayjob) not in _OVER
 
 
 def runs_now(found: Answered) -> bool:
@@ -55,7 +56,10 @@ def title_of(found: Answered) -> str:
 
 def is_suspended(rayjob: Answered) -> bool:
     """Whether somebody, who is Kueue mostly, holds a RayJob back."""
-    return bool(rayjob["spec"].get("suspend")) or _deployment(rayjob) in _SUSPENDED
+    spec = rayjob["spec"]
+    if spec.get("suspend"):
+        return True
+    return _deployment(rayjob) in _SUSPENDED
 
 
 def is_invalid(rayjob: Answered) -> bool:
@@ -198,8 +202,9 @@ def why_not_started(pod: Answered) -> str:
 
 def is_held_by_kueue(pod: Answered) -> bool:
     """Whether a pod waits for Kueue, which may manage every pod of a namespace."""
-    gates = {gate["name"] for gate in pod["spec"].get("schedulingGates", [])}
-    return _KUEUE_GATE in gates
+    gates = pod["spec"].get("schedulingGates", [])
+    names = [gate["name"] for gate in gates]
+    return _KUEUE_GATE in names
 
 
 def _why_ended(pods: list[Answered]) -> ClusterStatus | None:
@@ -227,10 +232,12 @@ def _why_ended(pods: list[Answered]) -> ClusterStatus | None:
 
 def _words_of(ended: Answered) -> str:
     """Why something is as it is, in one line: the reason, and the end of the message, where there are any."""
+    reason = ended.get("reason")
     message = str(ended.get("message") or "")
     in_one_line = " ".join(message.split())
-    parts = [ended.get("reason"), in_one_line[-300:]]
-    return ": ".join(filter(None, parts)) or "no reason given"
+    parts = [reason, in_one_line[-300:]]
+    words = filter(None, parts)
+    return ": ".join(words) or "no reason given"
 
 
 def _init_container(pods: list[Answered]) -> str:
@@ -249,7 +256,9 @@ def _init_container(pods: list[Answered]) -> str:
 def _containers(pod: Answered) -> list[Answered]:
     """How the containers of a pod are, those first that run before the others."""
     status = pod["status"]
-    return [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+    first = status.get("initContainerStatuses", [])
+    others = status.get("containerStatuses", [])
+    return [*first, *others]
 
 
 def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
@@ -267,4 +276,6 @@ def _why_stuck(pods: list[Answered]) -> ClusterStatus | None:
 def _is_ready(pod: Answered) -> bool:
     """Whether a pod has containers, and all of them are ready."""
     containers = pod["status"].get("containerStatuses", [])
-    return bool(containers) and all(container.get("ready") for container in containers)
+    if not containers:
+        return False
+    return all(container.get("ready") for container in containers)

@@ -121,12 +121,17 @@ class KubernetesApi:
         tries: int = _TRIES,
     ) -> ApiObject:
         """What the server answers to any request by its path. Raises Rejected."""
-        return _as_object(self._ask(partial(self._answer, method, path, query or {}, body, headers), tries))
+        parameters = query or {}
+        answer = partial(self._answer, method, path, parameters, body, headers)
+        answered = self._ask(answer, tries)
+        return _as_object(answered)
 
     def pods(self, selector: str, fields: str = "") -> list[ApiObject]:
         """The pods with these labels, and with these fields, where some are said."""
-        chosen = {"fieldSelector": fields} if fields else {}
-        return self._all_pages(f"/api/v1/namespaces/{self.namespace}/pods", {"labelSelector": selector, **chosen})
+        query = {"labelSelector": selector}
+        if fields:
+            query["fieldSelector"] = fields
+        return self._all_pages(f"/api/v1/namespaces/{self.namespace}/pods", query)
 
     def nodes(self) -> list[ApiObject]:
         """The nodes of the cluster."""

@@ -116,12 +116,14 @@ class KubernetesLook(NamespaceLook):
         lacking = denied(self.cluster.api, needed)
         missed = denied(self.cluster.api, WISHED)
         if not lacking and not missed:
-            return Check("permissions", "ok", f"all {len(needed) + len(WISHED)} that are used")
+            used = len(needed) + len(WISHED)
+            return Check("permissions", "ok", f"all {used} that are used")
         words = []
         for permission in (*lacking, *missed):
             words.append(f"{permission} ({permission.what_for})")
         found = ", ".join(words)
-        mend = f"have an administrator run: {self._binding(lacking, missed)}"
+        binding = self._binding(lacking, missed)
+        mend = f"have an administrator run: {binding}"
         if not lacking:
             return Check("permissions", "warn", f"runs go on without these, which are not allowed: {found}", mend)
         return Check("permissions", "fail", f"not allowed: {found}", mend)
@@ -175,8 +177,10 @@ class KubernetesLook(NamespaceLook):
 
     def _keeper(self) -> Check:
         """Whether Kueue holds passes of the keeper back: a CronJob says nothing of that."""
-        for name, why in held_back(self.cluster.api, _KEEPER).items():
-            return Check("keeper", "warn", f"Kueue holds Job {name} back ({why})", self.from_own_queue)
+        held = held_back(self.cluster.api, _KEEPER)
+        for name, why in held.items():
+            found = f"Kueue holds Job {name} back ({why})"
+            return Check("keeper", "warn", found, self.from_own_queue)
         return Check("keeper", "ok", "Kueue holds no pass of one back")
 
     def _gang(self) -> Check:
@@ -216,4 +220,6 @@ def _schema_of_rayjob(api: ApiObject) -> ApiObject:
 
 def kubernetes_checks(name: str, config: KubernetesConfig, home: Path) -> list[Check]:
     """What a look at the cluster of this name finds."""
-    return [*KubernetesLook(name, Kubernetes(config, home)).checks()]
+    cluster = Kubernetes(config, home)
+    look = KubernetesLook(name, cluster)
+    return list(look.checks())

@@ -45,8 +45,11 @@ class Applied:
 def place_of(manifest: KubernetesObject) -> str:
     """The name of an object, behind that of its namespace where it is in one."""
     metadata = manifest["metadata"]
+    name: str = metadata["name"]
     namespace = metadata.get("namespace")
-    return f"{namespace}/{metadata['name']}" if namespace else str(metadata["name"])
+    if namespace:
+        return f"{namespace}/{name}"
+    return name
 
 
 def path_of(manifest: KubernetesObject) -> str:
@@ -109,8 +112,9 @@ def _apply(
 
 def _is_ours(found: KubernetesObject) -> bool:
     """Whether an object that is there was applied by this before, as the server remembers."""
-    managers = found["metadata"].get("managedFields", [])
-    return any(manager["manager"] == _MANAGER for manager in managers)
+    fields = found["metadata"].get("managedFields", [])
+    managers = [entry["manager"] for entry in fields]
+    return _MANAGER in managers
 
 
 def _object_at(api: KubernetesApi, path: str) -> KubernetesObject | None:
@@ -141,7 +145,8 @@ def _changed_fields(before: Any, after: Any, path: str = "") -> list[str]:
     changed = []
     for key in dict.fromkeys((*before, *after)):
         inner = f"{path}.{key}".removeprefix(".")
-        if inner == "status" or (path == "metadata" and key in _OF_SERVER):
+        is_of_server = path == "metadata" and key in _OF_SERVER
+        if is_of_server or inner == "status":
             continue
         changed += _changed_fields(before.get(key), after.get(key), inner)
     return changed

@@ -38,7 +38,8 @@ def leftovers_of(cluster: Kubernetes) -> list[Leftover]:
     rayjobs = all_submissions(cluster.api)
     run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids)
-    found = [*_rayjobs(rayjobs, snapshots), *_without_rayjob(cluster, pods, rayjobs)]
+    found = [*_rayjobs(rayjobs, snapshots)]
+    found += _without_rayjob(cluster, pods, rayjobs)
     for plain in cluster.ask_reader({"verb": "leftovers"}):
         found.append(_of_home(cluster, HomeLeftover(**plain)))
     return found
@@ -117,8 +118,9 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
     seen = set()
     for pod in pods:
         metadata = pod["metadata"]
-        name = metadata["labels"].get(CLUSTER_LABEL)
-        run_id = metadata["labels"].get(RUN_LABEL)
+        labels = metadata["labels"]
+        name = labels.get(CLUSTER_LABEL)
+        run_id = labels.get(RUN_LABEL)
         phase = pod["status"].get("phase")
         is_live = phase in ("Pending", "Running") and "deletionTimestamp" not in metadata
         is_known = run_id in there or name in seen
@@ -130,4 +132,6 @@ def _without_rayjob(cluster: Kubernetes, pods: Iterable[Answered], rayjobs: Iter
 
 def _of_home(cluster: Kubernetes, found: HomeLeftover) -> Leftover:
     """What is left over below FLEETUNE_HOME, on the volume."""
-    return Leftover(f"{cluster.home}/{found.path}", found.why, found.size, path=found.path)
+    path = found.path
+    name = f"{cluster.home}/{path}"
+    return Leftover(name, found.why, found.size, path=path)

@@ -21,6 +21,12 @@ _LONG = timedelta(minutes=2)  # that a run starts, until it is asked what only e
 Newest = Mapping[str, dict[str, Any] | None]
 
 
+def objects_of(run_id: str) -> str:
+    """What selects the objects of a run, by their labels."""
+    of_run = f"{RUN_LABEL}={run_id}"
+    return f"{OUR_OBJECTS},{of_run}"
+
+
 def statuses_of(api: KubernetesApi, config: KubernetesConfig, newest: Newest) -> dict[str, ClusterStatus]:
     """The status of each run by its newest RayJob or RayService. Raises Unreachable.
 

@@ -41,8 +41,10 @@ class NamespaceLook:
     @property
     def kubectl(self) -> str:
         """The beginning of a command in the namespace."""
-        context = f" --context {self.config.context}" if self.config.context else ""
-        return f"kubectl{context} -n {self.config.namespace}"
+        command = "kubectl"
+        if self.config.context:
+            command += f" --context {self.config.context}"
+        return f"{command} -n {self.config.namespace}"
 
     def volume(self) -> Check:
         """Whether the volume has its storage, which many nodes can write."""

@@ -60,8 +60,11 @@ def capacity_of_nodes(nodes: Iterable[Answered], pods: Iterable[Answered], gpu_r
 
 def _gpu_name(nodes: Iterable[Answered]) -> str | None:
     """What the GPUs of nodes are called by NVIDIA's labels; None where some have none, or another one."""
-    names = {_labels_of(node).get(f"{_NVIDIA}.product") for node in nodes}
-    return names.pop() if len(names) == 1 else None
+    label = f"{_NVIDIA}.product"
+    names = {_labels_of(node).get(label) for node in nodes}
+    if len(names) != 1:
+        return None
+    return names.pop()
 
 
 def _gpu_bytes(nodes: Iterable[Answered]) -> int | None:
@@ -76,8 +79,9 @@ def _gpu_bytes(nodes: Iterable[Answered]) -> int | None:
 
 
 def _labels_of(node: Answered) -> Mapping[str, str]:
-    labels: Mapping[str, str] = node["metadata"].get("labels") or {}
-    return labels
+    metadata = node["metadata"]
+    labels: Mapping[str, str] | None = metadata.get("labels")
+    return labels or {}
 
 
 def unfit_nodes(nodes: Iterable[Answered], selector: Selector, tolerations: Sequence[str]) -> list[str]:
@@ -144,10 +148,11 @@ def _why_not_chosen(node: Answered, selector: Selector) -> str:
 def _why_kept_off(node: Answered, tolerated: Sequence[Taint]) -> str:
     """Which taint of a node is not tolerated; empty where none keeps pods off."""
     for taint in node["spec"].get("taints", []):
+        effect = taint["effect"]
         is_tolerated = any(_tolerates(each, taint) for each in tolerated)
-        if taint["effect"] in _KEEPING_OFF and not is_tolerated:
-            value = taint.get("value", "")
-            return f"has the taint {taint['key']}={value}:{taint['effect']}"
+        if effect in _KEEPING_OFF and not is_tolerated:
+            key, value = taint["key"], taint.get("value", "")
+            return f"has the taint {key}={value}:{effect}"
     return ""
 
 

@@ -15,9 +15,12 @@ _NOT_READY = (
 def is_worth_a_try(status: int, message: str) -> bool:
     """Whether a request that was refused so may be taken a little later."""
     if status == 0:  # a WebSocket that was not opened
-        return not re.search(r"(^|Handshake status )4(?!29)\d\d ", message)
-    is_not_ready = status == 403 and any(words in message for words in _NOT_READY)
-    return status in _LATER or is_not_ready
+        is_final = re.search(r"(^|Handshake status )4(?!29)\d\d ", message)
+        return is_final is None
+    if status in _LATER:
+        return True
+    is_not_ready = any(words in message for words in _NOT_READY)
+    return status == 403 and is_not_ready
 
 
 def message_of(body: str | bytes | None, reason: str) -> str:
@@ -32,8 +35,10 @@ def message_of(body: str | bytes | None, reason: str) -> str:
 
 def wanted_pause(headers: Any) -> float:
     """For how long a server wants no other try, in seconds; 0 where it says nothing."""
-    wanted = (headers or {}).get("Retry-After", "0")
-    return float(wanted) if str(wanted).isdigit() else 0.0
+    wanted = "0"
+    if headers:
+        wanted = str(headers.get("Retry-After", "0"))
+    return float(wanted) if wanted.isdigit() else 0.0
 
 
 def _message_of_handshake(reason: str) -> str:

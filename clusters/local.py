@@ -27,7 +27,7 @@ from clusters.base import (
 from clusters.config import ClusterConfig
 from clusters.entry import Queue, QueueEntry, entry_text, queued_run
 from clusters.environment import machine_variables, run_settings, secret_settings
-from clusters.machine import misfit_of, total_capacity
+from clusters.machine import capacity_in_words, capacity_needed, misfit_of, total_capacity
 from clusters.ray_head import Head
 from runfolder.evaluation_job import AnyJob
 from runfolder.site import LocalSite
@@ -87,7 +87,8 @@ class Local:
 
     def log(self, run_id: str) -> Path:
         """What the controllers of a run print before they have an attempt to write to."""
-        return self.folder / "logs" / f"{run_id}.log"
+        logs = self.folder / "logs"
+        return logs / f"{run_id}.log"
 
     @property
     def site(self) -> LocalSite:
@@ -104,16 +105,22 @@ class Local:
         misfit = misfit_of(job.resources, *total_capacity())
         if misfit:
             raise SubmissionRefused(misfit)
-        environment = run_settings(self.env, job, os.environ) | {"FLEETUNE_HOME": str(self.home)}
-        secrets = tuple(dict.fromkeys((*secrets, *secret_settings(os.environ))))
-        text = entry_text(self.site.root / run_id, job.resources.world_size, environment, secrets)
+        environment = run_settings(self.env, job, os.environ)
+        environment["FLEETUNE_HOME"] = str(self.home)
+        of_shell = secret_settings(os.environ)
+        all_secrets = tuple(dict.fromkeys((*secrets, *of_shell)))
         run_dir = self.site.root / run_id
-        return ClusterRequest(run_id, submission or 1, str(run_dir), text, secrets)
+        workers = job.resources.world_size
+        text = entry_text(run_dir, workers, environment, all_secrets)
+        return ClusterRequest(run_id, submission or 1, str(run_dir), text, all_secrets)
 
     def forecast(self, request: ClusterRequest) -> float | None:
         """Now, where there is capacity for it; else nobody knows."""
         workers: int = json.loads(request.text)["workers"]
-        return 0.0 if self.capacity().free >= capacity_needed(workers) else None
+        free = self.capacity().free
+        if capacity_needed(workers) > free:
+            return None
+        return 0.0
 
     def submit(self, request: ClusterRequest) -> None:
         """Queue a run, and see to it that the supervisor runs."""
@@ -131,7 +138,7 @@ class Local:
         wait = self._wait_reason()
         waits = {}
         for workers in {entry.workers for entry in queued}:
-            waits[workers] = f"needs {_needs(workers)}, {wait}"
+            waits[workers] = f"needs {capacity_in_words(workers)}, {wait}"
         statuses = {}
         for run_id in run_ids:
             statuses[run_id] = self._status(run_id, entries.get(run_id), trouble, waits)
@@ -154,9 +161,10 @@ class Local:
 
     def cancel(self, run_id: str) -> None:
         """Queue the run if it is not, and see to it that the supervisor runs: it starts who closes the run."""
-        if not has_ended(self.site.root / run_id):
+        run_dir = self.site.root / run_id
+        if not has_ended(run_dir):
             environment = {**self.env, "FLEETUNE_HOME": str(self.home)}
-            text = entry_text(self.site.root / run_id, 1, environment)
+            text = entry_text(run_dir, 1, environment)
             self.queue.add(run_id, text)
             self.start()
 
@@ -180,10 +188,11 @@ class Local:
         folders = (self.folder, self.folder / "controllers", self.folder / "logs")
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        command = [sys.executable, "-P", "-m", "clusters.supervisor", str(self.home)]
+        home = str(self.home)
+        command = [sys.executable, "-P", "-m", "clusters.supervisor", home]
         log = self.folder / "supervisor.log"
         # Ray's workers have what its head, and so the supervisor, was started with.
-        environment = machine_variables(os.environ) | {"FLEETUNE_HOME": str(self.home)}
+        environment = machine_variables(os.environ) | {"FLEETUNE_HOME": home}
         process.spawn(self.supervisor_lock, command, environment, log)
 
     def stop(self) -> None:
@@ -201,8 +210,9 @@ class Local:
 
     def check_here(self) -> None:
         """Raise Unreachable when supervisor, head or a controller runs on another host that shares this folder."""
+        head = Head(self.folder)
         controllers = (self.folder / "controllers").glob("*")
-        for lock in (self.supervisor_lock, Head(self.folder).lock, *controllers):
+        for lock in (self.supervisor_lock, head.lock, *controllers):
             process.owner(lock)
 
     def state(self) -> dict[str, Any]:
@@ -238,7 +248,8 @@ class Local:
 
     def _capacity(self) -> Capacity:
         kind, total = total_capacity()
-        return Capacity(kind, total, total - min(total, self.taken_workers()))
+        free = max(0, total - self.taken_workers())
+        return Capacity(kind, total, free)
 
     def _status(
         self, run_id: str, entry: QueueEntry | str | None, trouble: str | None, waits: Mapping[int, str]
@@ -282,17 +293,3 @@ class Local:
     def _check_installed(self) -> None:
         if importlib.util.find_spec("ray") is None:
             raise Unreachable("cluster local: Ray is not installed here; pip install 'fleetune[train]'")
-
-
-def _needs(workers: int) -> str:
-    """The capacity that a run takes, in words."""
-    kind, _ = total_capacity()
-    number = capacity_needed(workers)
-    if number == 1:
-        return f"1 {kind}"
-    return f"{number} {kind}s"
-
-
-def capacity_needed(workers: int) -> int:
-    """The capacity that a run takes: on cores more workers than there are take them all, and share."""
-    return min(workers, total_capacity()[1])

@@ -51,3 +51,18 @@ def misfit_of(resources: Resources, kind: Literal["gpu", "cpu"], total: int) -> 
         found = f"resources: found {wanted} workers; this machine has {total} cores"
         return f"{found}: allowed are at most {most}, which share them"
     return None
+
+
+def capacity_in_words(workers: int) -> str:
+    """The capacity that a run takes, in words."""
+    kind, _ = total_capacity()
+    number = capacity_needed(workers)
+    if number == 1:
+        return f"1 {kind}"
+    return f"{number} {kind}s"
+
+
+def capacity_needed(workers: int) -> int:
+    """The capacity that a run takes: on cores more workers than there are take them all, and share."""
+    _, total = total_capacity()
+    return min(workers, total)

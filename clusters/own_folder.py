@@ -28,5 +28,6 @@ def _remove_left_folders(prefix: str) -> None:
     """Remove the folders of processes of this user that were killed here: their locks are free."""
     for path in _PARENT.glob(f"{prefix}*/lock"):
         with suppress(OSError), path.open() as lock:  # another user's, or just removed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            at_once = fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.flock(lock, at_once)
             shutil.rmtree(path.parent, ignore_errors=True)

@@ -30,6 +30,7 @@ from clusters.run_files import last_line, size_of
 from runfolder.chain import last_slot, result
 from runfolder.files import Damaged
 from runfolder.hindrance import note_hindrance
+from runfolder.latest_start import note_latest_start
 from runfolder.record import load_any_job
 from runfolder.requests import cancel_requested
 from runfolder.snapshot import has_ended
@@ -104,7 +105,7 @@ class PodJob:
             if not self._are_nodes_there() or not self._wait_for(backoff.ready, math.inf):
                 return _TRY_AGAIN
             backoff.began()
-            slot = last_slot(run_dir)
+            slot = note_latest_start(run_dir)
             words = self._run_controller()
             if result(run_dir) is not None:  # one that was resumed while the rest was delivered has none
                 return 0
@@ -165,7 +166,8 @@ class PodJob:
         """Whether the pods are gone that must end; what replaces them may be there before that."""
         alive = self._nodes_alive()
         gone = self._told_among - alive
-        return len(gone) >= self.awaits_end or len(alive) < self.wanted
+        have_left = len(gone) >= self.awaits_end
+        return have_left or len(alive) < self.wanted
 
     def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Whether a condition comes true in time, while this process and the run are to go on."""
@@ -235,7 +237,8 @@ class PodJob:
     def _has_begun(self, slot: int) -> bool:
         """Whether an attempt was begun since that slot was the last, or the run is closed."""
         run_dir = self.start.run_dir
-        return last_slot(run_dir) != slot or result(run_dir) is not None
+        is_closed = result(run_dir) is not None
+        return is_closed or last_slot(run_dir) != slot
 
     def _must_end(self) -> bool:
         """Whether this process is told to end, or a pod is that it has not heard of before."""

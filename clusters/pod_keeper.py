@@ -27,15 +27,16 @@ def main(text: str) -> None:
     """Submit again what is due, and remove what is over."""
     config = KubernetesConfig.model_validate_json(text)
     cluster = Kubernetes.open(config, home())
-    run_ids = cluster.site.ids()
-    snapshots = cluster.site.snapshots(run_ids)
+    site = cluster.site
+    snapshots = site.snapshots(site.ids())
     still_open = [run_id for run_id, run in snapshots.items() if run.result is None]
     newest = cluster.newest_submissions(still_open)
     statuses = submit_again(cluster, newest)
     for run_id, status in statuses.items():
         print(f"{run_id}: {status.reason}", flush=True)
     for name in remove_finished(cluster, snapshots):
-        print(f"RayJob {name}: removed, as it has been over for {cluster.config.keep_finished} days", flush=True)
+        days = config.keep_finished
+        print(f"RayJob {name}: removed, as it has been over for {days} days", flush=True)
 
 
 if __name__ == "__main__":

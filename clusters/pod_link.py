@@ -14,7 +14,9 @@ class PodLink:
 
     def process(self, command: Sequence[str]) -> list[str]:
         """The process here that runs a command there (clusters/pod_exec.py)."""
-        return [sys.executable, "-P", "-m", "clusters.pod_exec", self.context or "", self.namespace, *command]
+        context = self.context or ""
+        start = [sys.executable, "-P", "-m", "clusters.pod_exec"]
+        return [*start, context, self.namespace, *command]
 
     def foreground(self) -> list[str]:
         """No command: the kubeconfig says how one logs in."""

@@ -73,7 +73,8 @@ def hold_lock(lock: Path) -> Iterator[None]:
 
 def release() -> None:
     """Let go of the lock that this process was started with."""
-    os.close(int(os.environ[_LOCK_VARIABLE]))
+    descriptor = os.environ[_LOCK_VARIABLE]
+    os.close(int(descriptor))
 
 
 def owner(lock: Path) -> int | None:
@@ -181,8 +182,9 @@ def _erase(lock: Path, gone: Holder) -> None:
 
 
 def _elsewhere(lock: Path, current: Holder) -> Unreachable:
-    holding = f"{lock} is held by process {current.pid} on {current.host}"
-    return Unreachable(f"cluster local: {holding}; run this there, or set FLEETUNE_HOME to a folder of this host")
+    holder = f"process {current.pid} on {current.host}"
+    todo = "run this there, or set FLEETUNE_HOME to a folder of this host"
+    return Unreachable(f"cluster local: {lock} is held by {holder}; {todo}")
 
 
 def _session(leader: int) -> list[int]:

@@ -230,7 +230,8 @@ class Head:
         return {"TMPDIR": str(link)}
 
     def _command(self, ray_folder: Path) -> list[str]:
-        options = node_options(_LOOPBACK, ray_folder) | head_options(_LOOPBACK, 0)
+        options = node_options(_LOOPBACK, ray_folder)
+        options |= head_options(_LOOPBACK, 0)
         return ray_command(options, ["--head", "--no-monitor", "--disable-usage-stats"])
 
     def _token(self) -> Path:

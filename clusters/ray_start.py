@@ -45,8 +45,12 @@ def ray_command(
     python: Sequence[str] = (sys.executable,),
 ) -> list[str]:
     """The command that becomes a node, and ends when that ends; `module` has Ray's command line."""
-    values = [f"--{name}={value}" for name, value in options.items()]
-    return [*python, "-P", "-m", module, "start", *flags, "--block", *values]
+    command = [*python, "-P", "-m", module, "start"]
+    command += flags
+    command.append("--block")
+    for name, value in options.items():
+        command.append(f"--{name}={value}")
+    return command
 
 
 def ray_environment(token: Path) -> dict[str, str]:

@@ -17,7 +17,8 @@ _REPEAT_S = 1.0  # between two
 def start_of_this_job(run_dir: Path, name: str) -> JobStart:
     """The start that this process belongs to, of the submission `name`."""
     number = number_of_submission(name)
-    return JobStart(run_dir, number, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return JobStart(run_dir, number, requeues)
 
 
 def requeue(start: JobStart) -> int:

@@ -35,7 +35,9 @@ def joined_logs(paths: Iterable[Path], offset: int) -> Logs:
 
 def size_of(path: Path) -> int:
     """How many bytes a file has; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    return path.stat().st_size
 
 
 def last_line(path: Path, since: int = 0) -> str:

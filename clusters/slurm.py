@@ -94,11 +94,13 @@ class Slurm:
         check_walltime(job, self.config.walltime)
         root = str(self.home)
         if not _PATH.fullmatch(root):
+            found = reprlib.repr(root)
             allowed = "an absolute path of letters, digits and _ / . , : @ + = ~ -"
-            raise SubmissionRefused(f"root: found {reprlib.repr(root)}; allowed on SLURM: {allowed}")
+            raise SubmissionRefused(f"root: found {found}; allowed on SLURM: {allowed}")
         python: list[str] = []
-        if self.config.container:
-            python = python_in(self.config.container, self.home, job)
+        container = self.config.container
+        if container:
+            python = python_in(container, self.home, job)
             path = environment.get("PYTHONPATH", "")
             environment["PYTHONPATH"] = first_on_path(str(self._code), path)
         name = submission_name(run_id, submission)
@@ -146,13 +148,15 @@ class Slurm:
 
     def logs(self, run_id: str, offset: int = 0) -> Logs:
         """What the run's batch jobs printed, the newest submission's after the others'."""
-        return joined_logs(self.folder.glob(f"{run_id}-s*.log"), offset)
+        logs = self.folder.glob(f"{run_id}-s*.log")
+        return joined_logs(logs, offset)
 
     def cancel(self, run_id: str) -> None:
         """End the run's jobs, and close it here, but where a controller is at work, which does it."""
         run_dir = self.site.root / run_id
         for job in live_jobs(run_id, self._jobs()):
-            if not job.is_ending and not is_at_work(run_dir, job):
+            is_left_alone = job.is_ending or is_at_work(run_dir, job)
+            if not is_left_alone:
                 ask_slurm(["scancel", job.id])
         left = live_jobs(run_id, self._jobs())  # one may have begun meanwhile
         if not any(is_at_work(run_dir, job) for job in left):
@@ -208,7 +212,8 @@ class Slurm:
     @property
     def _code(self) -> Path:
         """Fleetune's code for what runs in a container, where it is for the clusters of other machines."""
-        return self.home / "code" / installed_code().digest
+        digest = installed_code().digest
+        return self.home / "code" / digest
 
     def _sbatch(self, script: Path, text: str) -> str:
         """Have SLURM take a script; gives the job's id. Raises SubmissionRefused where it certainly has not."""

@@ -121,7 +121,8 @@ class QueuedJob:
     @property
     def is_stuck(self) -> bool:
         """Whether it waits for somebody to do something, not for SLURM."""
-        return "held" in self.reason.lower() or self.reason in _NEVER_BY_ITSELF
+        is_held = "held" in self.reason.lower()
+        return is_held or self.reason in _NEVER_BY_ITSELF
 
 
 def queued_jobs(said: str) -> list[QueuedJob]:
@@ -129,10 +130,13 @@ def queued_jobs(said: str) -> list[QueuedJob]:
     jobs = []
     for line in said.split("\n"):
         fields = line.split("|", 6)  # a name may have any character
-        if len(fields) == 7 and fields[0].isdecimal():
-            id_, state, reason, start, node, nodes, name = fields
-            live = None if state in _ENDED else _STATES.get(state, "running")
-            jobs.append(QueuedJob(id_, name, live, reason, start, node, nodes, state))
+        if len(fields) != 7 or not fields[0].isdecimal():
+            continue
+        id_, state, reason, start, node, nodes, name = fields
+        live = None
+        if state not in _ENDED:
+            live = _STATES.get(state, "running")
+        jobs.append(QueuedJob(id_, name, live, reason, start, node, nodes, state))
     return jobs
 
 
@@ -188,7 +192,8 @@ def is_ended_by_others(said: str) -> bool:
     At a walltime it ends the job too, but nobody wants that.
     """
     state, _, reason = said.strip().partition("|")
-    return state in ("COMPLETING", "CANCELLED") and reason != "TimeLimit"
+    ends = state in ("COMPLETING", "CANCELLED")
+    return ends and reason != "TimeLimit"
 
 
 def is_unreachable(said: str) -> bool:
@@ -233,11 +238,20 @@ def _is_among(nodes: str, node: str) -> bool:
             return True
         prefix, ranges, suffix = found.groups()
         inner = node.removeprefix(prefix).removesuffix(suffix or "")
-        if not ranges or not inner.isdecimal() or node != f"{prefix}{inner}{suffix}":
-            continue
-        for first, _, last in (numbers.partition("-") for numbers in ranges.split(",")):
-            if len(first) <= len(inner) and int(first) <= int(inner) <= int(last or first):
-                return True
+        is_of_part = node == f"{prefix}{inner}{suffix}"
+        if ranges and inner.isdecimal() and is_of_part and _is_in_ranges(inner, ranges):
+            return True
+    return False
+
+
+def _is_in_ranges(number: str, ranges: str) -> bool:
+    """Whether ranges like `1-3,07` have a number, whose digits may begin with zeros."""
+    value = int(number)
+    for numbers in ranges.split(","):
+        first, _, last = numbers.partition("-")
+        is_long_enough = len(first) <= len(number)
+        if is_long_enough and int(first) <= value <= int(last or first):
+            return True
     return False
 
 

@@ -100,7 +100,8 @@ def _said_in_job(options: list[str], lines: list[str], root: Path) -> Probe:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(prefix=".seen-by-nodes-", dir=root) as marker:
             first = f"[ -e {shlex.quote(marker.name)} ] || {{ echo {_UNSEEN}; exit 0; }}"
-            return _said_by_slurm(["srun", *options, "bash", "-c", "\n".join([first, *lines])], _JOB_S)
+            script = "\n".join([first, *lines])
+            return _said_by_slurm(["srun", *options, "bash", "-c", script], _JOB_S)
     except OSError as error:
         return Probe("", f"{root}: {error.strerror}")
 

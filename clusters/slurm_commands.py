@@ -38,12 +38,15 @@ def call_slurm(command: list[str], text: str = "", timeout_s: float = _TIMEOUT_S
 
 def printed(ran: Ran) -> str:
     """What a command of SLURM printed; raises Unreachable where it failed, as a repetition may not."""
-    if ran.returncode:
-        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
-        name = ran.args[0]
-        said = [line.removeprefix(f"{name}: ").removeprefix("error: ") for line in lines[-_ERROR_LINES:]]
-        raise Unreachable(f"SLURM: {name}: {'; '.join(said)}")
-    return ran.stdout
+    if ran.returncode == 0:
+        return ran.stdout
+    name = ran.args[0]
+    lines = ran.stderr.strip().splitlines()
+    said = []
+    for line in lines[-_ERROR_LINES:] or [f"exit code {ran.returncode}"]:
+        without_name = line.removeprefix(f"{name}: ")
+        said.append(without_name.removeprefix("error: "))
+    raise Unreachable(f"SLURM: {name}: {'; '.join(said)}")
 
 
 def ask_slurm(command: list[str]) -> str:

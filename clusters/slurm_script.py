@@ -90,7 +90,10 @@ def batch_script(batch: BatchJob, config: SlurmConfig, python: str) -> str:
 
 def allocation_command(python: str, batch: BatchJob) -> list[str]:
     """What runs on the first node of the allocation."""
-    return [python, "-P", "-m", "clusters.allocation", batch.run_dir, batch.name, *batch.python_of_runs]
+    command = [python, "-P", "-m", "clusters.allocation"]
+    command += [batch.run_dir, batch.name]
+    command += batch.python_of_runs
+    return command
 
 
 def _options(batch: BatchJob, config: SlurmConfig) -> dict[str, str]:

@@ -25,5 +25,8 @@ def check_variables(environment: dict[str, str]) -> None:
 
 def first_on_path(folder: str, others: str) -> str:
     """A search path that begins with a folder."""
-    folders = dict.fromkeys([folder, *filter(None, others.split(":"))])
+    folders = [folder]
+    for other in others.split(":"):
+        if other and other not in folders:
+            folders.append(other)
     return ":".join(folders)

@@ -56,10 +56,14 @@ def check_walltime(job: AnyJob, default: str | None) -> None:
     """Raise SubmissionRefused for a walltime of which nothing is left before the warning, which would never end."""
     option = walltime_option(job, default)
     seconds = seconds_in(option) if option else None
-    if seconds is not None and seconds <= warning_s(job):
-        field = "walltime of the cluster" if job.resources.walltime is None else "resources.walltime"
-        allowed = f"more than {warning_s(job)} s, as the job is warned its grace and {_WARNING_S} s before the end"
-        raise SubmissionRefused(f"{field}: found {seconds} s; allowed on SLURM: {allowed}")
+    shortest = warning_s(job)
+    if seconds is None or seconds > shortest:
+        return
+    field = "resources.walltime"
+    if job.resources.walltime is None:
+        field = "walltime of the cluster"
+    allowed = f"more than {shortest} s, as the job is warned its grace and {_WARNING_S} s before the end"
+    raise SubmissionRefused(f"{field}: found {seconds} s; allowed on SLURM: {allowed}")
 
 
 def seconds_in(option: str) -> int | None:

@@ -18,9 +18,10 @@ from clusters import process
 from clusters.base import Unreachable
 from clusters.entry import QueueEntry, queued_run
 from clusters.environment import machine_variables
-from clusters.local import Local, capacity_needed
-from clusters.machine import total_capacity
+from clusters.local import Local
+from clusters.machine import capacity_needed, total_capacity
 from clusters.ray_head import Backoff, Head
+from runfolder.latest_start import note_latest_start
 
 TICK_S = 0.5
 IDLE_S = 600.0
@@ -105,6 +106,7 @@ class Supervisor:
         ray = self._head.environment() | {"RAY_ADDRESS": address}
         environment = machine_variables(os.environ) | carried | ray
         had_its_turn = lock.exists()
+        note_latest_start(entry.run_dir)
         try:
             process.spawn(lock, entry.command, environment, self._local.log(entry.run_id))
         except (OSError, ValueError) as error:  # of an environment that no process can have, say

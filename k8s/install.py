@@ -51,7 +51,8 @@ def base_objects(folder: Path) -> Iterator[BaseObject]:
     """The objects in the files that a kustomization names, in its order."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     for name in kustomization["resources"]:
-        yield from yaml.safe_load_all((folder / name).read_text())
+        file = folder / name
+        yield from yaml.safe_load_all(file.read_text())
 
 
 def _store(volume: BaseObject, storage: str | None, storage_class: str | None) -> None:

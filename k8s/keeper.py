@@ -41,6 +41,10 @@ def _adapt(pod: BaseObject, settings: KubernetesSettings, home: str) -> None:
 
 def _set(container: BaseObject, variables: dict[str, str]) -> None:
     """Give a container these variables, in place of those of their names."""
-    others = [variable for variable in container["env"] if variable["name"] not in variables]
-    given = [{"name": name, "value": unexpanded(text)} for name, text in variables.items()]
-    container["env"] = given + others
+    env = []
+    for name, text in variables.items():
+        env.append({"name": name, "value": unexpanded(text)})
+    for variable in container["env"]:
+        if variable["name"] not in variables:
+            env.append(variable)
+    container["env"] = env

@@ -43,11 +43,13 @@ def parse_taint(text: str) -> Taint:
     """The taint in `key`, `key:effect` or `key=value:effect`, as `kubectl taint` has it; raises ValueError."""
     before, colon, effect = text.partition(":")
     key, equals, value = before.partition("=")
+    is_known = effect in _EFFECTS or not colon
     is_taint = _is_key(key) and _is_value(value)
-    if not is_taint or (colon and effect not in _EFFECTS):
+    if not is_taint or not is_known:
         allowed = ", ".join(_EFFECTS)
         raise ValueError(f"a taint must be like `kubectl taint` has it, key=value:effect or key:effect; of {allowed}")
-    return Taint(key, value if equals else None, effect or None)
+    given_value = value if equals else None
+    return Taint(key, given_value, effect or None)
 
 
 def parse_secret_key(text: str) -> tuple[str, str]:
@@ -62,7 +64,9 @@ def parse_secret_key(text: str) -> tuple[str, str]:
 
 def is_object_name(name: str) -> bool:
     """Whether an object may have this name."""
-    return len(name) <= _LONGEST_OBJECT and bool(_OBJECT.fullmatch(name))
+    if len(name) > _LONGEST_OBJECT:
+        return False
+    return _OBJECT.fullmatch(name) is not None
 
 
 def _object_name(name: str) -> str:
@@ -123,7 +127,9 @@ def _mount_path(path: str) -> str:
 
 def _is_key(key: str) -> bool:
     domain, slash, name = key.rpartition("/")
-    return bool(_KEY_NAME.fullmatch(name)) and (not slash or is_object_name(domain))
+    if slash and not is_object_name(domain):
+        return False
+    return _KEY_NAME.fullmatch(name) is not None
 
 
 def _is_value(value: str) -> bool:

@@ -16,9 +16,11 @@ _AFTERWARDS_S = 15  # for the verdict, and for what ends the pod
 def head_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:
     """The pod of controller and driver."""
     head_pod = settings.head_pod
-    resources = {"cpu": str(head_pod.cpus), "memory": f"{head_pod.memory}Gi"}
+    memory = f"{head_pod.memory}Gi"
+    resources = {"cpu": str(head_pod.cpus), "memory": memory}
     spec = _pod_spec(pods, settings, "ray-head", resources)
-    return _template(pods, spec | placement(head_pod.node_selector, head_pod.tolerations))
+    spec |= placement(head_pod.node_selector, head_pod.tolerations)
+    return _template(pods, spec)
 
 
 def worker_template(pods: PlannedPods, settings: KubernetesSettings) -> PodPart:

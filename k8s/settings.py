@@ -19,7 +19,9 @@ from k8s.names import (
 
 def _as_choice(values: object) -> object:
     """Let a bare text stand for a choice of one."""
-    return [values] if isinstance(values, str) else values
+    if isinstance(values, str):
+        return [values]
+    return values
 
 
 _OTHER_ACCOUNTS = ("fleetune-client", "fleetune-keeper")

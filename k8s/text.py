@@ -27,7 +27,8 @@ _Dumper.add_representer(str, _represent_text)
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
     """A manifest in YAML, in ASCII, its keys in the order that they have."""
-    return yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1 << 16)
+    one_line = 1 << 16  # characters: no text is folded
+    return yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=one_line)
 
 
 def manifests_text(manifests: Iterable[Mapping[str, Any]]) -> str:
@@ -37,5 +38,6 @@ def manifests_text(manifests: Iterable[Mapping[str, Any]]) -> str:
 
 def manifest_in(text: str) -> dict[str, Any]:
     """The manifest that a text of one has."""
-    manifest: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    manifest: dict[str, Any] = yaml.load(text, Loader=loader)
     return manifest

@@ -136,7 +136,8 @@ def master(fragment: Fragment) -> Tensor:
 
 def part_of(flat: Tensor, fragment: Fragment) -> Tensor:
     """The elements of a whole flattened parameter that a fragment holds, as a view of it."""
-    return flat[fragment.start : fragment.stop]
+    elements = slice(fragment.start, fragment.stop)
+    return flat[elements]
 
 
 class View(Protocol):

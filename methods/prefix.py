@@ -149,10 +149,11 @@ def _attend(
     prefix_key, prefix_value = prefix_2BHVD
     key = torch.cat((prefix_key, key_BHSD), dim=2)
     value = torch.cat((prefix_value, value_BHSD), dim=2)
-    tokens = prefix_key.shape[2]
+    tokens = prefix_key.size(2)
     in_front = (tokens, 0)
     mask = nn.functional.pad(mask_BHTS, in_front, value=True)
-    attended: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
+    attended: tuple[Tensor, None]
+    attended = sdpa_attention_forward(module, query_BHTD, key, value, mask, **options)
     return attended
 
 

@@ -65,7 +65,8 @@ class Conversations:
 
     def begin_anew(self) -> None:
         """Forget what was said."""
-        self._messages = {label: [] for label in self.labels}
+        for label in self.labels:
+            self._messages[label] = []
 
     def ask(self, prompt: str) -> list[ChatAnswer]:
         """What each of them answers to a prompt; raises InputError where it cannot be asked."""
@@ -174,8 +175,9 @@ def chat(
     require_packages(TRAIN)
     place = base_named(base, sources)
     tokenizer, ends = base_tokenizer(place)
-    folder = folder_of_base(place)
-    request = {"base": str(folder or place.model), "revision": place.revision, "adapters": _named_folders(sources)}
+    folder = str(folder_of_base(place) or place.model)
+    named = _named_folders(sources)
+    request = {"base": folder, "revision": place.revision, "adapters": named}
     labels = [UNTUNED, *(source.label for source in sources)]
     with _engine_process(labels, request) as process:
         yield Conversations(process, tokenizer, ends, settings or ChatSettings())

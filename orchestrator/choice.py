@@ -145,4 +145,5 @@ def _written_choice(note: Path) -> ClusterChoice:
 
 def _note_choice(note: Path, choice: ClusterChoice) -> bool:
     """Write a choice down; False where another client of this machine has chosen meanwhile."""
-    return write_once(note, f"{choice.cluster}\n{choice.why}")
+    text = f"{choice.cluster}\n{choice.why}"
+    return write_once(note, text)

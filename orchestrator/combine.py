@@ -69,7 +69,9 @@ def combine_adapters(
 
 def write_combination_report(report: dict[str, Any], out: Path) -> None:
     """Leave a report beside the combination that it is of."""
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    text = json.dumps(report, indent=2)
+    file = out / REPORT_FILE
+    file.write_text(f"{text}\n")
 
 
 def read_ingredients(texts: list[str]) -> list[Ingredient]:

@@ -54,8 +54,10 @@ def _end_of_damaged(run_dir: Path, damage: str) -> Record:
     """The final word on a run that cannot be read, perhaps as another version of Fleetune has written it."""
     attempt = snapshot(run_dir).attempt
     if cancel_requested(run_dir):
-        return final_word("cancelled", f"cancelled by request; {damage}", Verdict("cancelled", "").dump(), attempt)
-    return final_word("failed", damage, Verdict("user_error", "").dump(), attempt)
+        cancelled = Verdict("cancelled", "").dump()
+        return final_word("cancelled", f"cancelled by request; {damage}", cancelled, attempt)
+    user_error = Verdict("user_error", "").dump()
+    return final_word("failed", damage, user_error, attempt)
 
 
 def take_secrets(run_dir: Path) -> None:

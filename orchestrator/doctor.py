@@ -68,7 +68,8 @@ def _level(usable: bool, otherwise: Level) -> Level:
 
 
 def _python() -> Iterator[Check]:
-    level = _level(sys.version_info >= (3, 11), "fail")
+    is_new_enough = sys.version_info >= (3, 11)
+    level = _level(is_new_enough, "fail")
     python = f"{platform.python_version()} at {sys.executable}"
     yield Check("python", level, python, "make .venv with Python 3.11 or newer")
 

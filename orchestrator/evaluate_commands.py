@@ -56,7 +56,8 @@ class SeveralValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, each value under its option."""
-        return super().parse_args(ctx, list(_each_with_its_option(args)))
+        with_options = list(_each_with_its_option(args))
+        return super().parse_args(ctx, with_options)
 
 
 def _each_with_its_option(args: list[str]) -> Iterator[str]:

@@ -25,8 +25,10 @@ def manifests_for(name: str, storage: str | None, storage_class: str | None) -> 
 def keeper_for(name: str) -> list[BaseObject]:
     """The objects of a cluster's keeper, which runs this version of Fleetune; raises InputError."""
     config = kubernetes_config(name)
-    code = f"{config.root}/code/{installed_code().digest}"
-    return keeper_manifests(config, config.root, code, pass_command(config))
+    home = config.root
+    code = f"{home}/code/{installed_code().digest}"
+    command = pass_command(config)
+    return keeper_manifests(config, home, code, command)
 
 
 def plan_of_install(name: str, storage: str | None, storage_class: str | None) -> list[str]:

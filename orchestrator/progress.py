@@ -144,10 +144,12 @@ class _Lines:
 
     def _is_due(self, status: Status) -> bool:
         """Whether state or reason are others than in the last line, or what is done is and that is a while ago."""
-        if (status.state, status.reason) != self._last_state:
+        state = (status.state, status.reason)
+        if state != self._last_state:
             return True
+        does_something_else = _doing(status) != self._last_doing
         since_line_s = time.monotonic() - self._time
-        return _doing(status) != self._last_doing and since_line_s > _LINE_S
+        return does_something_else and since_line_s > _LINE_S
 
 
 @contextmanager

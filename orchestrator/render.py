@@ -125,8 +125,9 @@ def show_methods(methods: list[dict[str, Any]]) -> None:
 
 def show_method(method: dict[str, Any]) -> None:
     """Show one line per option; then what was seen to work, and why the rest is refused."""
+    kind = method["kind"]
     table = _table("method", "option", "default", "what it is")
-    table.add_row(f"[bold]{method['kind']}[/]", "", f"lr {_rate(method)}", escape(method["summary"]))
+    table.add_row(f"[bold]{kind}[/]", "", f"lr {_rate(method)}", escape(method["summary"]))
     for name, option in method["options"].items():
         default = escape(_yaml(option["default"]))
         description = escape(option["description"] or "")
@@ -135,11 +136,11 @@ def show_method(method: dict[str, Any]) -> None:
     _explain_rates([method])
     print_markup(escape(method["when_to_take"]))
     capabilities = _table("method", *CAPABILITIES)
-    capabilities.add_row(method["kind"], *support(method))
+    capabilities.add_row(kind, *support(method))
     print_markup(capabilities)
     for name, seen in method["support"].items():
         if "refused" in seen:
-            reason = f"{method['kind']}, {name}: {seen['refused']}"
+            reason = f"{kind}, {name}: {seen['refused']}"
             print_markup(escape(reason))
 
 

@@ -53,11 +53,12 @@ def _show_example(example: ShownExample) -> None:
 
 
 def _show_sequence(number: int, sequence: PackedSequence) -> None:
+    title = f"sequence {number} of step 1"
     places = []
     for row, start, stop in sequence.examples:
         places.append(f"row {row} [{start}, {stop})")
     shown_places = escape("  ".join(places))
-    print_markup(f"[bold]sequence {number} of step 1[/]  {shown_places}  padding {sequence.padding}")
+    print_markup(f"[bold]{title}[/]  {shown_places}  padding {sequence.padding}")
 
 
 def _coloured_text(example: ShownExample) -> Text:

@@ -53,8 +53,10 @@ class ShownExample:
 
     def keeps(self, index: int) -> bool:
         """Whether the token at this place is trained on."""
+        if index >= self.kept:
+            return False
         is_cut = self.cut_from <= index < self.cut_to
-        return index < self.kept and not is_cut
+        return not is_cut
 
     @property
     def parts(self) -> Iterator[tuple[str, bool, bool]]:
@@ -235,7 +237,8 @@ def _token_texts(ids: list[int], tokenizer: Any) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with the last of them."""
 
     def decoded(start: int, stop: int) -> str:
-        text = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part = ids[start:stop]
+        text = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
 
     texts = []

@@ -44,8 +44,9 @@ def serve_on_cluster(
 ) -> Submission:
     """Submit a service to a cluster; what lies here is sent there. Raises InputError or Unreachable."""
     named = service_of(serving, name, resources)
-    if path_there(named.tenants) == named.tenants:
-        read_keys(Path(named.tenants))
+    tenants = named.tenants
+    if path_there(tenants) == tenants:
+        read_keys(Path(tenants))
     backend = open_to_submit(cluster)
     make_request(backend, named, new_id(name))  # what is refused is so before anything is sent
     service = brought_there(named, backend.site, cluster, sent)

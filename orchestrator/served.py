@@ -37,7 +37,8 @@ def serving_of(service: ServiceSpec, run_dir: Path) -> Serving:
     for name, folder in service.adapters.items():
         adapters.append(f"{name}={folder}")
     tenants = Path(service.tenants)
-    return Serving(service.base, tuple(adapters), tenants, EVERYWHERE, 0, None, run_dir / "usage")
+    usage = run_dir / "usage"
+    return Serving(service.base, tuple(adapters), tenants, EVERYWHERE, 0, None, usage)
 
 
 def _end_with_input() -> None:

@@ -9,7 +9,7 @@ from orchestrator.backends import open_cluster
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, by_age, find, handles, name_of
 from orchestrator.tracking.trouble import trouble_in
-from runfolder.activity import Activity
+from runfolder.activity import Activity, silent_since
 from runfolder.figures import Figures
 from runfolder.mirror import Mirror
 from runfolder.snapshot import Snapshot
@@ -184,6 +184,8 @@ def _remaining(run: Snapshot) -> tuple[float | None, tuple[float, float] | None]
     figures = run.figures
     if run.steps is None or figures is None:
         return None, None
+    if silent_since(run.activity, figures.seconds_per_step, run.looked_at) is not None:
+        return None, None  # it takes no steps, so that the pace of earlier ones says nothing
     if figures.pace is not None:
         remaining = figures.pace.remaining(run.step, run.steps)
         return remaining.likely, (remaining.low, remaining.high)
@@ -216,6 +218,8 @@ def _state_and_reason(run: Snapshot, on_cluster: ClusterStatus) -> tuple[RunStat
     has_failed = bool(verdict) and verdict["kind"] != "success"
     if has_failed or on_cluster.state != "running":
         return "preempted", reason or verdict.get("reason")
+    if run.left:
+        return "preempted", reason or f"attempt {run.attempt} ended without a verdict, and the next one begins"
     if run.begun:
         return "running", reason
     return "starting", reason

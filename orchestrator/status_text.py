@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from orchestrator.comparison.measure import MEASURES, format_bytes, format_duration
 from orchestrator.forwarding import forwarding
 from orchestrator.status import Status
-from runfolder.activity import Activity
+from runfolder.activity import Activity, silent_since
 from runfolder.figures import Figures
 from runfolder.files import Record
 from runfolder.goodput import Goodput
 from trainer.data.survey import summary_line
 
 Fact = tuple[str, str]  # a label, and what there is to say
-_SILENT_S = 60.0  # without a sign of life, and
-_SILENT_STEPS = 10  # times what a step takes: what status points out
 _PHASES = ("training", "starting", "queued", "stalled", "repeated")  # of Goodput, as they are shown
 
 
@@ -137,16 +135,15 @@ def _is_silent(run: Status) -> bool:
         return False
     if run.address:  # a service writes nothing while nobody asks
         return False
-    silent_s = _seconds_since(run, run.activity.moved)
-    steps_s = _SILENT_STEPS * (figures.seconds_per_step or 0.0)
-    return silent_s > max(_SILENT_S, steps_s)
+    return silent_since(run.activity, figures.seconds_per_step, run.looked_at) is not None
 
 
 def _step(run: Status) -> str:
-    if run.steps is None:
-        return f"step {run.step} (of how many is not known yet)"
-    share = run.step / max(1, run.steps)
-    return f"step {run.step:,} of {run.steps:,} ({share:.0%})"
+    step, steps = run.step, run.steps
+    if steps is None:
+        return f"step {step} (of how many is not known yet)"
+    share = step / max(1, steps)
+    return f"step {step:,} of {steps:,} ({share:.0%})"
 
 
 def _speed(figures: Figures) -> str:

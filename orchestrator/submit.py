@@ -149,15 +149,16 @@ def _submit_to(
         job_there, record = frozen_stages(job, models, folder, cluster, backend, sent)
         return submit_to(job_there, record, partial(Submission, cluster=cluster, warnings=warnings, why=why))
     checked = _checked(job, backend, progress)
-    is_dated = job.data.date is None and writes_date(checked.model)
+    model, site = checked.model, backend.site
+    is_dated = job.data.date is None and writes_date(model)
     if is_dated:
         job = with_date(job)
     make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
-    of_inputs = input_digests(job, checked.model.folder, backend.site)
+    of_inputs = input_digests(job, model.folder, site)
     before = job
-    job = brought(job, checked.model, backend.site, sent)
+    job = brought(job, model, site, sent)
     beside_job = {"dated": is_dated, "sent": places_before(before, job)}
-    frozen = frozen_record(job, checked.model, cluster, folder, of_inputs) | beside_job
+    frozen = frozen_record(job, model, cluster, folder, of_inputs) | beside_job
     described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
     return submit_to(job, frozen, described)
 

@@ -68,19 +68,25 @@ def count_rows(source: str, rows: int) -> None:
 
 def count_bytes(file: str, done: int, total: int) -> None:
     """Show how far a file has come on its way to another machine, where somebody watches."""
-    if sys.stderr.isatty():
-        share = 100 * done // max(1, total)
-        done_mb = done / 1e6
-        total_mb = total / 1e6
-        line = f"\x1b[2K{file}: {done_mb:,.1f} of {total_mb:,.1f} MB, {share} %"
-        print(line, end="\r", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        return
+    share = 100 * done // max(1, total)
+    done_mb = done / 1e6
+    total_mb = total / 1e6
+    line = f"{file}: {done_mb:,.1f} of {total_mb:,.1f} MB, {share} %"
+    _replace_line(line)
 
 
 def count_answers(done: int, total: int) -> None:
     """Show how many questions of an evaluation are answered, where somebody watches."""
     if sys.stderr.isatty():
-        line = f"\x1b[2K{done:,} of {total:,} questions answered"
-        print(line, end="\r", file=sys.stderr, flush=True)
+        _replace_line(f"{done:,} of {total:,} questions answered")
+
+
+def _replace_line(text: str) -> None:
+    """Write a line over the one before, on a terminal's standard error."""
+    line = f"\x1b[2K{text}"
+    print(line, end="\r", file=sys.stderr, flush=True)
 
 
 def count_delivered(cluster: str, runs: int) -> None:
@@ -105,4 +111,5 @@ def clear_count() -> None:
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON on standard output."""
-    print(json.dumps(data, indent=1), flush=True)
+    text = json.dumps(data, indent=1)
+    print(text, flush=True)

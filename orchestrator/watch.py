@@ -45,9 +45,10 @@ class Driver:
     """The process that runs `orchestrator.driver`. It connects to Ray while the attempt is being claimed."""
 
     def __init__(self, run_dir: Path) -> None:
-        command = [sys.executable, "-P", "-m", "orchestrator.driver", str(run_dir)]
+        program = [sys.executable, "-P", "-m", "orchestrator.driver"]
         environment = dict(os.environ)
         environment.update(_DRIVER_ENVIRONMENT)
+        command = [*program, str(run_dir)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
     def __enter__(self) -> "Driver":

@@ -21,6 +21,9 @@ _BEGINNINGS = {  # what begins with an event of this kind
     "stopped": "ending, as it was asked to",
 }
 
+_SILENT_S = 60.0  # without a sign of life, and
+_SILENT_STEPS = 10  # times what a step takes: what counts as silence
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -29,6 +32,17 @@ class Activity:
     doing: str
     since: float
     moved: float
+
+
+def silent_since(activity: Activity | None, seconds_per_step: float | None, now: float) -> float | None:
+    """Since when nothing was written, where that is far longer than steps take; None where work goes on."""
+    if activity is None:
+        return None
+    steps_s = _SILENT_STEPS * (seconds_per_step or 0.0)
+    silent_s = now - activity.moved
+    if silent_s <= max(_SILENT_S, steps_s):
+        return None
+    return activity.moved
 
 
 def phase_text(event: Record) -> str | None:

@@ -190,7 +190,8 @@ def _whole_lines(data: bytes) -> bytes:
 
 
 def _exists(path: Path) -> bool:
-    return path.name in list_names(path.parent)
+    names = list_names(path.parent)
+    return path.name in names
 
 
 def _read_range(path: Path, start: int, stop: int | None) -> bytes:

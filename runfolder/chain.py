@@ -87,7 +87,8 @@ class Attempt:
 
     def is_live(self) -> bool:
         """Whether no later slot is taken, as far as this host knows: a client of NFS may learn it a minute late."""
-        return last_slot(self.run_dir) <= self.number
+        newest = last_slot(self.run_dir)
+        return newest <= self.number
 
     def check(self, cached: bool = False) -> None:
         """Raise Fenced when a later slot is taken on any host; to be called before what only a live attempt may do.
@@ -128,7 +129,8 @@ class Attempt:
 
     def write_verdict(self, verdict: Record) -> None:
         """Write down how this attempt ended, in verdict.json, with the time of now."""
-        write_json(self.folder / "verdict.json", {"time": time.time(), **verdict})
+        record = {"time": time.time(), **verdict}
+        write_json(self.folder / "verdict.json", record)
 
     def close(self, result: Record) -> bool:
         """End the run with a result, as its last word.
@@ -236,8 +238,7 @@ def settle(run_dir: Path) -> Record | None:
     """Finish what a closing slot promised: move the output into place, write result.json; gives the result.
 
     In a run that goes on, a result.json that somebody wrote too late goes away. Idempotent, and any number of
-    processes may do it at once. Who was paused in here may have done what a later slot has overtaken: so it looks
-    again, and follows that.
+    processes may do it at once. Who was paused in here may be overtaken by a later slot: it looks, and follows that.
     """
     see_slots(run_dir)
     newest = _newest_slot(run_dir)
@@ -265,15 +266,15 @@ def _slot_numbers(run_dir: Path) -> list[int]:
 def _newest_slot(run_dir: Path) -> Attempt:
     """The newest slot that is taken; number 0, which has no folder, before the first.
 
-    Who goes on from it must take the slot behind this one, not behind whatever is the newest by then: that may close
-    the run.
+    Who goes on from it must take the slot behind this one: what is the newest by then may close the run.
     """
     return Attempt(run_dir, last_slot(run_dir))
 
 
 def _is_closing(slot: Attempt) -> bool:
     """Whether the run is closed if this is its newest slot."""
-    return slot.number > 0 and slot.kind == "close"
+    is_taken = slot.number > 0
+    return is_taken and slot.kind == "close"
 
 
 def _take_slot(run_dir: Path, number: int, record: Record) -> Attempt | None:

@@ -82,7 +82,11 @@ def folder_digest(folder: Path, scratch: bool) -> str:
 
 def loaded_files(folder: Path) -> list[Path]:
     """The files of a base's folder that are loaded, in the order of their names."""
-    return sorted(path for path in folder.iterdir() if _LOADED.search(path.name) and path.is_file())
+    loaded = []
+    for path in folder.iterdir():
+        if _LOADED.search(path.name) and path.is_file():
+            loaded.append(path)
+    return sorted(loaded)
 
 
 def _sample(path: Path) -> bytes:

@@ -9,14 +9,17 @@ FETCHED = ("job.yaml", "output", "result.json")  # the job first: it says whose 
 
 def paths_to_fetch(run_dir: Path) -> list[Path]:
     """Those of them that are there."""
-    existing = list_names(run_dir)
-    return [run_dir / name for name in FETCHED if name in existing]
+    names = list_names(run_dir)
+    existing = [name for name in FETCHED if name in names]
+    return [run_dir / name for name in existing]
 
 
 def is_fetched(path: str) -> bool:
     """Whether a path in a run folder is one of them, or below one."""
     parts = Path(path).parts
-    return bool(parts) and parts[0] in FETCHED and ".." not in parts
+    if not parts or ".." in parts:
+        return False
+    return parts[0] in FETCHED
 
 
 def part(run_dir: Path, path: str, offset: int, length: int) -> bytes:

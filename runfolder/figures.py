@@ -7,6 +7,7 @@ from math import inf, isnan
 from pathlib import Path
 from statistics import median
 
+from runfolder.activity import Activity, silent_since
 from runfolder.appended import read_lines
 from runfolder.chain import Attempt, slots
 from runfolder.cooling import COOLED_LOSS
@@ -45,8 +46,11 @@ class Figures:
         return cls(**{**plain, "goodput": goodput, "pace": pace})
 
 
-def read_figures(run_dir: Path, submitted: float) -> Figures:
-    """The figures of a run now; it reads all of its rows."""
+def read_figures(run_dir: Path, submitted: float, activity: Activity | None = None, left: bool = False) -> Figures:
+    """The figures of a run now; it reads all of its rows.
+
+    `activity`: what its newest attempt does; `left`: whether that is over without a verdict.
+    """
     times: list[SlotTimes] = []
     rows: list[Record] = []
     newest: list[Record] = []
@@ -65,11 +69,13 @@ def read_figures(run_dir: Path, submitted: float) -> Figures:
         times.append(replace(of_times, granted=granted))
         before = of_times.taken
     now = time.time()
+    figures = figures_of(Goodput(), rows, newest, now)
+    if times:
+        silent = silent_since(activity, figures.seconds_per_step, now)
+        times[-1] = replace(times[-1], left=left, silent_since=silent)
     spent = goodput(submitted, times, now)
-    figures = figures_of(spent, rows, newest, now)
-    if attempt is None:
-        return figures
-    return replace(figures, pace=read_pace(attempt, newest))
+    pace = read_pace(attempt, newest) if attempt else None
+    return replace(figures, goodput=spent, pace=pace)
 
 
 def figures_of(spent: Goodput, rows: Iterable[Record], newest: Iterable[Record], now: float) -> Figures:
@@ -138,7 +144,9 @@ def _is_evaluation(row: Record) -> bool:
 
     The rows of a run that evaluates count its answers alone.
     """
-    return not _is_step(row) and COOLED_LOSS not in row and "answered" not in row
+    if _is_step(row) or COOLED_LOSS in row:
+        return False
+    return "answered" not in row
 
 
 def _eval_metrics(row: Record) -> Record:

@@ -17,7 +17,10 @@ def home() -> Path:
 
 def cache_folder() -> Path:
     """Where tokenised data is kept: FLEETUNE_CACHE, or FLEETUNE_HOME/cache."""
-    folder = Path(os.environ.get("FLEETUNE_CACHE") or home() / "cache")
+    folder = home() / "cache"
+    wanted = os.environ.get("FLEETUNE_CACHE")
+    if wanted:
+        folder = Path(wanted)
     return folder.expanduser().absolute()
 
 
@@ -62,7 +65,8 @@ def writable(folder: Path) -> bool:
 
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the first of its parents that exists."""
-    existing = (path for path in (folder, *folder.parents) if path.exists())
+    candidates = (folder, *folder.parents)
+    existing = filter(Path.exists, candidates)
     return next(existing)
 
 

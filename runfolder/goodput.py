@@ -17,7 +17,8 @@ class Goodput:
 
     `queued`: without an attempt, and without nodes where a scheduler grants them. `starting`: from there to the end
     of the attempt's first step. `training`: in steps, evaluations, saves and the export. `repeated`: in steps that
-    an earlier attempt had done. `stalled`: after the last row of an attempt that broke, until that was known.
+    an earlier attempt had done. `stalled`: after the last row of an attempt that broke, until that was known,
+    and while one that goes on has been silent for long.
     """
 
     queued: float = 0.0
@@ -29,7 +30,9 @@ class Goodput:
     @property
     def total(self) -> float:
         """All the seconds together."""
-        return self.queued + self.starting + self.training + self.repeated + self.stalled
+        in_steps = self.training + self.repeated
+        outside_steps = self.queued + self.starting + self.stalled
+        return in_steps + outside_steps
 
 
 class StepTime(NamedTuple):
@@ -44,7 +47,8 @@ class SlotTimes:
     """When a slot was taken, and what an attempt did then; times are in seconds since 1970.
 
     `last_row` is the time of its last row, of a step or an evaluation; `verdict` is None where nobody wrote one.
-    `granted` is when a scheduler gave it the nodes that its predecessor had not.
+    `granted` is when a scheduler gave it the nodes that its predecessor had not. `left`: whether the last one is over
+    without a verdict; `silent_since`: from when on it has written nothing, where that is long.
     """
 
     kind: str
@@ -53,6 +57,8 @@ class SlotTimes:
     last_row: float | None = None
     verdict: Record | None = None
     granted: float | None = None
+    left: bool = False
+    silent_since: float | None = None
 
     @property
     def begun(self) -> float:
@@ -76,10 +82,18 @@ class SlotTimes:
         return told
 
     def broke(self, is_last: bool) -> bool:
-        """Whether an attempt ended otherwise than in order; the last one without a verdict goes on."""
+        """Whether an attempt ended otherwise than in order; the last one without a verdict may go on."""
         if self.verdict is None:
-            return not is_last
+            return self.left or not is_last
         return self.verdict["kind"] not in _IN_ORDER
+
+    def quiet_from(self, ended: float, is_last: bool) -> float | None:
+        """When the work ended of an attempt that ended then, or has not yet; None where it reported nothing."""
+        if self.broke(is_last):
+            return self.last_row
+        if self.silent_since is not None:
+            return self.silent_since
+        return ended
 
 
 class Interval(NamedTuple):
@@ -95,7 +109,8 @@ def goodput(submitted: float, slots: Sequence[SlotTimes], now: float) -> Goodput
     seconds: dict[str, float] = {}
     for phase, begin, end in _intervals(submitted, slots, now):
         length = max(0.0, end - begin)  # the clocks of several hosts differ a little
-        seconds[phase] = seconds.get(phase, 0.0) + length
+        before = seconds.get(phase, 0.0)
+        seconds[phase] = before + length
     return Goodput(**seconds)
 
 
@@ -113,7 +128,7 @@ def _intervals(submitted: float, slots: Sequence[SlotTimes], now: float) -> Iter
         elif slot.kind == "attempt":
             ended = slot.ended(next_begun)
             is_last = slot is slots[-1]
-            quiet_from = slot.last_row if slot.broke(is_last) else ended
+            quiet_from = slot.quiet_from(ended, is_last)
             yield from _intervals_of_attempt(slot, ended, quiet_from, done)
             done = max(done, slot.furthest)
             waiting_since = ended

@@ -98,7 +98,8 @@ class Evaluation(Section):
     @property
     def goes_by_loss(self) -> bool:
         """Whether what comes of training depends on the held-out loss."""
-        return self.keep == "best" or self.stop_after is not None
+        can_stop_early = self.stop_after is not None
+        return can_stop_early or self.keep == "best"
 
 
 class Output(Section):

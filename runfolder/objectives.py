@@ -115,7 +115,9 @@ class RewardOptions(PairOptions):
 
 def shares_prompts(options: ObjectiveOptions) -> bool:
     """Whether a prompt is computed once for both of its answers."""
-    return isinstance(options, PairOptions) and options.share_prompts
+    if isinstance(options, PairOptions):
+        return options.share_prompts
+    return False
 
 
 class OutsideOptions(ObjectiveOptions):
@@ -151,7 +153,8 @@ def outside() -> dict[str, str]:
 
 def known() -> list[str]:
     """The name of every objective that is installed here."""
-    return sorted([*OBJECTIVES, *outside()])
+    names = [*OBJECTIVES, *outside()]
+    return sorted(names)
 
 
 def implementation_of(kind: str) -> str:

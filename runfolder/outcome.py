@@ -27,7 +27,9 @@ def final_word(state: str, reason: str, verdict: Record, attempt: int) -> Record
 
 def move_output(source: Path, target: Path) -> None:
     """Move the output from one folder into another, where it is in that one alone."""
-    if "output" in list_names(source) and "output" not in list_names(target):
+    is_here = "output" in list_names(source)
+    is_there = "output" in list_names(target)
+    if is_here and not is_there:
         with suppress(FileNotFoundError):  # somebody else moved it just now
             (source / "output").rename(target / "output")
 

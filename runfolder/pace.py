@@ -50,16 +50,25 @@ class Pace:
     def remaining(self, step: int, steps: int) -> RemainingTime:
         """The time from a step to the last one."""
         left = steps - step
-        likely = left * self.step_s + self._evaluations(step, steps)
+        likely = left * self.step_s
+        likely += self._evaluations(step, steps)
         if left <= 0:
             return RemainingTime(likely, likely, likely)
-        independent = (1 - self.correlation) / (1 + self.correlation)  # of each step
-        seen = self.seen * independent
-        of_mean = self.deviation_s * sqrt(1 / seen + 1 / (left * independent))
-        freedom = max(1, round(seen) - 1)
-        error = t_quantile(freedom) * of_mean * left
+        deviation_s, freedom = self._deviation_of_mean(left)
+        error = t_quantile(freedom) * deviation_s * left
         error = max(error, LEAST_ERROR * likely)
-        return RemainingTime(max(0.0, likely - error), likely, likely + error)
+        low = max(0.0, likely - error)
+        return RemainingTime(low, likely, likely + error)
+
+    def _deviation_of_mean(self, left: int) -> tuple[float, int]:
+        """The standard deviation of the mean of the steps that are left, in seconds, and its degrees of freedom."""
+        correlation = self.correlation
+        independent = (1 - correlation) / (1 + correlation)  # of each step
+        seen = self.seen * independent
+        to_come = left * independent
+        variance = 1 / seen + 1 / to_come  # in units of a step's
+        freedom = max(1, round(seen) - 1)
+        return self.deviation_s * sqrt(variance), freedom
 
     def _evaluations(self, step: int, steps: int) -> float:
         """The seconds of the evaluations that are left."""

@@ -57,8 +57,11 @@ def cancel_saves(run_dir: Path) -> bool:
 
 def why_cancelled(run_dir: Path) -> str:
     """Why the end of a run was asked for, in words."""
-    told = [request.get("why") for _, request in _requests(run_dir, "cancel", CANCEL)]
-    return next(filter(None, told), "cancelled by request")
+    for _, request in _requests(run_dir, "cancel", CANCEL):
+        why = request.get("why")
+        if why:
+            return str(why)
+    return "cancelled by request"
 
 
 def request_pause(run_dir: Path, step: int) -> None:
@@ -106,8 +109,9 @@ def _last_paused(attempt: Attempt) -> int:
 def request_stop(attempt: Attempt, stop: Stop) -> None:
     """Ask an attempt to save and end; the first who asks sets the deadline."""
     if stop_requested(attempt) is None:
+        file = attempt.folder / "stop.json"
         record = {"why": stop.why, "reason": stop.reason, "by": stop.deadline}
-        write_json(attempt.folder / "stop.json", record)
+        write_json(file, record)
 
 
 def stop_requested(attempt: Attempt) -> Stop | None:

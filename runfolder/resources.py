@@ -90,7 +90,8 @@ class Resources(Section):
     @property
     def fewest_nodes(self) -> int:
         """How many nodes the run needs."""
-        return int(str(self.nodes).partition("-")[0])
+        fewest, _, _ = str(self.nodes).partition("-")
+        return int(fewest)
 
     @property
     def is_elastic(self) -> bool:

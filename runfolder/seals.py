@@ -21,7 +21,8 @@ def appended(folder: Path) -> list[str]:
     """The files that are appended to in an attempt's folder: rows, events, and the logs of its workers."""
     names = list_names(folder)
     if _LOGS in names:
-        names += [f"{_LOGS}/{name}" for name in list_names(folder / _LOGS)]
+        logs = list_names(folder / _LOGS)
+        names += [f"{_LOGS}/{name}" for name in logs]
     files = [name for name in names if name.endswith((".jsonl", ".log"))]
     return sorted(files)
 

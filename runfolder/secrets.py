@@ -31,7 +31,11 @@ def read_secrets(run_dir: Path) -> dict[str, str]:
 
 def holds_secrets(run_dir: Path) -> bool:
     """Whether a run has secrets, those included that somebody was about to remove."""
-    return any(name.removeprefix(".").startswith(_SECRETS_FILE) for name in list_names(run_dir))
+    for name in list_names(run_dir):
+        shown_name = name.removeprefix(".")
+        if shown_name.startswith(_SECRETS_FILE):
+            return True
+    return False
 
 
 def remove_secrets(run_dir: Path) -> None:

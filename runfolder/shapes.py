@@ -117,6 +117,10 @@ class _Hindrance(_Fields):
     why: str
 
 
+class _LatestStart(_Fields):
+    slot: WholeNumber
+
+
 class _Failure(_Fields):
     text: str
     types: list[str]
@@ -199,6 +203,7 @@ MLFLOW_RUN: FileShape = TypeAdapter(_MlflowRun)  # mlflow.json, mlflow/run.json
 UNDELIVERED: FileShape = TypeAdapter(_Undelivered)
 TRACKED: FileShape = TypeAdapter(_Delivered)  # tracked.json
 HINDRANCE: FileShape = TypeAdapter(_Hindrance)  # hindered.json
+LATEST_START: FileShape = TypeAdapter(_LatestStart)  # latest_start.json
 OUTCOME: FileShape = TypeAdapter(_Outcome)
 ROW: FileShape = TypeAdapter(_Row)  # a line of metrics.jsonl or system.jsonl
 EVENT: FileShape = TypeAdapter(_Event)  # a line of events.jsonl

@@ -121,8 +121,11 @@ class LocalSite:
 
     def ids(self) -> list[str]:
         """The names of all run folders, damaged ones too."""
-        folders = list_names(self.root)
-        return [name for name in folders if not name.startswith(".")]
+        ids = []
+        for name in list_names(self.root):
+            if not name.startswith("."):
+                ids.append(name)
+        return ids
 
     def create(self, run_id: str, record: PlainData) -> Record | None:
         """Make a run folder whole or not at all; gives the record of the one that was there already, else None."""
@@ -166,7 +169,8 @@ class LocalSite:
 
     def kept_secrets(self, run_id: str) -> list[str]:
         """The names of the secrets that a run has."""
-        return list(read_secrets(self._existing(run_id)))
+        secrets = read_secrets(self._existing(run_id))
+        return list(secrets)
 
     def ask(self, run_id: str, what: Ask, step: int | None = None, why: str | None = None) -> Ended:
         """Ask for the end of a run, or let one go on; gives the result that it had before. Raises Refused."""

@@ -20,6 +20,7 @@ from runfolder.delivered import is_delivered
 from runfolder.figures import Figures, read_figures
 from runfolder.files import Damaged, Record, list_names, read_json
 from runfolder.hindrance import hindrance
+from runfolder.latest_start import is_left
 from runfolder.loading import loading_lines
 from runfolder.record import read_brief
 from runfolder.requests import cancel_requested, pause_step
@@ -29,7 +30,7 @@ from runfolder.stages import newest_stage
 ASKED_TO_END = "asked to end"
 # Fields of a job of stages that are those of its newest one.
 _TOLD_BY_STAGE = (
-    *("steps", "attempt", "step", "begun", "verdict", "has_output"),
+    *("steps", "attempt", "step", "begun", "verdict", "left", "has_output"),
     *("data", "hindrance", "damaged", "activity", "figures", "loading"),
 )
 _METRICS_TAIL_BYTES = 1 << 14  # bytes at the end of metrics.jsonl that hold its last whole line
@@ -42,15 +43,15 @@ class Snapshot:
     """One run. Where `damaged` says why its folder cannot be read, in one line, nothing else is known.
 
     `steps` is None until it is known. `attempt` is the number of the newest attempt, 0 before the first; `step`,
-    `begun` (whether it has reported a step) and `verdict` are that attempt's. `result` is the final word, of the time
-    `closed`. `activity` is what a run that goes on does now. `mlflow` says which MLflow run it has, `delivered`
-    whether that has all of a closed run, `undelivered` what holds its rows up, `data` what the trainer counted of its
-    rows, `asked` what somebody asked of a run that has not ended, `cancelled` whether that is to end, and `hindrance`
-    what keeps its starts from an attempt. `address` is where a service answers. `looked_at`
-    is when this was read, by the clock of the machine that has the folder, as all times are. What costs more to read
-    is there in full views alone: its figures, the lines of Python that load its output, and its costs. `stage` is the
-    newest one of a job of stages: {name, number, of, run_id, run_dir}, whose attempts and steps are told as the
-    run's. `stage_of` is the run that this one is a stage of.
+    `begun` (whether it has reported a step), `verdict` and `left` (whether it is over without one) are that
+    attempt's. `result` is the final word, of the time `closed`. `activity` is what a run that goes on does now.
+    `mlflow` says which MLflow run it has, `delivered` whether that has all of a closed run, `undelivered` what holds
+    its rows up, `data` what the trainer counted of its rows, `asked` what somebody asked of a run that has not ended,
+    `cancelled` whether that is to end, and `hindrance` what keeps its starts from an attempt. `address` is where a
+    service answers. `looked_at` is when this was read, by the clock of the machine that has the folder, as all times
+    are. What costs more to read is there in full views alone: its figures, the lines of Python that load its output,
+    and its costs. `stage` is the newest one of a job of stages: {name, number, of, run_id, run_dir}, whose attempts
+    and steps are told as the run's. `stage_of` is the run that this one is a stage of.
     """
 
     run_id: str
@@ -63,6 +64,7 @@ class Snapshot:
     step: int = 0
     begun: bool = False
     verdict: Record | None = None
+    left: bool = False
     result: Record | None = None
     closed: float | None = None
     has_output: bool = False
@@ -165,8 +167,7 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
     later = slots_behind(newest, taken)
     attempt_files = list_names(newest.folder)
     plan = read_plan(newest, later) if "events.jsonl" in attempt_files else {}
-    begun = "metrics.jsonl" in attempt_files
-    row = _last_row(newest, later) if begun else None
+    row = _last_row(newest, later, attempt_files)
     steps = plan.get("steps") or brief["steps"]
     verdict = _read_listed(newest.folder, "verdict.json", attempt_files, VERDICT)
     ended = _final_result(taken[-1], files) if taken else None
@@ -182,8 +183,9 @@ def _read_snapshot(run_dir: Path) -> Snapshot:
         steps=steps,
         attempt=newest.number,
         step=int(row["step"]) if row else _first_step(newest),
-        begun=begun or address is not None,
+        begun="metrics.jsonl" in attempt_files or address is not None,
         verdict=verdict,
+        left=is_live and is_left(newest, files),
         result=ended,
         closed=taken[-1].claim["time"] if ended else None,
         has_output="output" in files,
@@ -222,7 +224,7 @@ def _with_stage(run: Snapshot, in_full: bool) -> Snapshot:
 def _with_figures(run: Snapshot) -> Snapshot:
     """The full view of a run: it reads all of its rows."""
     run_dir = Path(run.run_dir)
-    figures = read_figures(run_dir, run.submitted)
+    figures = read_figures(run_dir, run.submitted, run.activity, run.left)
     loading = loading_lines(run_dir)
     costs = read_costs(run_dir)
     return replace(run, figures=figures, loading=tuple(loading), costs=costs)
@@ -247,8 +249,10 @@ def _final_result(newest: Attempt, files: Sequence[str]) -> Record | None:
     return ended
 
 
-def _last_row(attempt: Attempt, later: Sequence[Attempt]) -> Record | None:
-    """The last row of an attempt, of a step or an evaluation; None before it is whole."""
+def _last_row(attempt: Attempt, later: Sequence[Attempt], files: Sequence[str]) -> Record | None:
+    """The last row of an attempt with these files, of a step or an evaluation; None before it is whole."""
+    if "metrics.jsonl" not in files:
+        return None
     tail = read_ending(attempt, "metrics.jsonl", _METRICS_TAIL_BYTES, later)
     whole_lines = tail[: tail.rfind(b"\n") + 1]
     last_line = whole_lines[whole_lines.rfind(b"\n", 0, -1) + 1 :]

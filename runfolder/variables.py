@@ -44,7 +44,9 @@ def flaw_of_variable(name: str, value: str) -> str | None:
 
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable is secret: by its name, or as the address that it holds has a password or a token."""
-    return bool(_SECRET_NAME.search(name)) or public(value) != value
+    if _SECRET_NAME.search(name):
+        return True
+    return public(value) != value
 
 
 def public(uri: str) -> str:

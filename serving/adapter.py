@@ -42,7 +42,8 @@ class Part:
     @property
     def has_gain(self) -> bool:
         """Whether it changes complete outputs."""
-        return self.m_O is not None or self.beta_O is not None
+        is_added_to = self.beta_O is not None
+        return is_added_to or self.m_O is not None
 
     @property
     def has_scale(self) -> bool:

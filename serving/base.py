@@ -110,7 +110,8 @@ class FrozenBase:
 
     def _scalar(self, number: float) -> Tensor:
         """A number in the base's type, on its device."""
-        return torch.tensor(number, dtype=self.dtype, device=self.device)
+        scalar = torch.tensor(number, dtype=self.dtype)
+        return scalar.to(self.device)
 
     def _find(self, name: str) -> tuple[Group, LinearLayer]:
         """The linear layer of a name, and its group."""

@@ -27,7 +27,8 @@ class Batch:
     @property
     def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
-        needs = self.adapters.needs
+        adapters = self.adapters
+        needs = adapters.needs
         grouped = self.grouping.size
         residents = [id(member.resident) for member in self.adapters.members]
         return self.rows, self.tail, self.parts, self.manner, needs, grouped, *residents

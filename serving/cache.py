@@ -87,8 +87,9 @@ class Cache:
         key_LVHE, value_LVHE = prefix_L2VHE.unbind(1)
         place_V = places_of(pages, 0, tokens)
         place_V = place_V.to(key_LVHE.device)
-        self.key_LNHE[:, place_V] = key_LVHE
-        self.value_LNHE[:, place_V] = value_LVHE
+        of_all_layers = slice(None)
+        self.key_LNHE[of_all_layers, place_V] = key_LVHE
+        self.value_LNHE[of_all_layers, place_V] = value_LVHE
 
     def copy(self, source: int, target: int) -> None:
         """Copy the keys and values of all layers from one page to another."""

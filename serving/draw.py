@@ -10,14 +10,14 @@ from torch import Tensor
 from serving.kernel.draw import draw_kernel
 from serving.sampler import NextTokens
 
-BLOCK = 4096  # tokens of the vocabulary that a program reads
-WARPS = 8
+DRAW_BLOCK = 4096  # tokens of the vocabulary that a program reads
+DRAW_WARPS = 8
 
 
 def draw(logits_TV: Tensor, temperature_T: Tensor, seed_T: Tensor, number_T: Tensor) -> NextTokens:
     """A token for each row, drawn as `sampler.py` says, and its log-probability at the row's temperature."""
     rows, vocabulary = logits_TV.shape
-    blocks = triton.cdiv(vocabulary, BLOCK)
+    blocks = triton.cdiv(vocabulary, DRAW_BLOCK)
     size = (rows, blocks)
     token_TB = torch.empty(size, dtype=torch.int64, device=logits_TV.device)
     best_TB, chosen_TB, most_TB, total_TB = logits_TV.new_empty((4, *size), dtype=torch.float32)
@@ -33,8 +33,8 @@ def draw(logits_TV: Tensor, temperature_T: Tensor, seed_T: Tensor, number_T: Ten
         total_TB,
         vocabulary,
         logits_TV.stride(0),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        BLOCK=DRAW_BLOCK,
+        num_warps=DRAW_WARPS,
     )
     block_T1 = best_TB.argmax(1, keepdim=True)
     token_T = token_TB.gather(1, block_T1).flatten()

@@ -12,12 +12,14 @@ from serving.sequence import Sequence
 PROMPT_PRICE = 1.0  # of a token of a prompt
 ANSWER_PRICE = 2.0  # of a token of an answer: the prices of the paper
 
+WaitingLine = deque[Sequence]
+
 
 class FairQueue:
     """The sequences that wait, and what each tenant got so far."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Sequence]] = {}  # by tenant, only those that wait
+        self._waiting: dict[str, WaitingLine] = {}  # by tenant, only those that wait
         self._service: dict[str, float] = {}  # by tenant
         self._last_to_leave = ""
 
@@ -28,7 +30,9 @@ class FairQueue:
 
     def __contains__(self, sequence: Sequence) -> bool:
         """Whether a sequence waits."""
-        return sequence in self._waiting.get(sequence.request.tenant, ())
+        tenant = sequence.request.tenant
+        waiting = self._waiting.get(tenant, ())
+        return sequence in waiting
 
     @property
     def tenants(self) -> int:
@@ -64,12 +68,14 @@ class FairQueue:
 
     def charge_prompt(self, sequence: Sequence) -> None:
         """Count the tokens of a prompt that is about to be computed."""
-        tokens = len(sequence.request.prompt)
-        self._charge(sequence.request.tenant, tokens * PROMPT_PRICE)
+        request = sequence.request
+        price = len(request.prompt) * PROMPT_PRICE
+        self._charge(request.tenant, price)
 
     def charge_token(self, sequence: Sequence) -> None:
         """Count one token of an answer."""
-        self._charge(sequence.request.tenant, ANSWER_PRICE)
+        tenant = sequence.request.tenant
+        self._charge(tenant, ANSWER_PRICE)
 
     def in_turn(self, sequences: list[Sequence]) -> list[Sequence]:
         """Sequences in the order of their tenants' turns; those of one tenant stay in their order."""
@@ -79,11 +85,13 @@ class FairQueue:
         return self.service(sequence.request.tenant)
 
     def _charge(self, tenant: str, price: float) -> None:
-        self._service[tenant] = self.service(tenant) + price
+        before = self.service(tenant)
+        self._service[tenant] = before + price
 
     def _lift(self, tenant: str) -> None:
         """Raise a tenant's counter to the least of those that wait; to the last one's where nobody does."""
         least = self.service(self._last_to_leave)
         if self._waiting:
             least = min(map(self.service, self._waiting))
-        self._service[tenant] = max(self.service(tenant), least)
+        own = self.service(tenant)
+        self._service[tenant] = max(own, least)

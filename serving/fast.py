@@ -64,17 +64,20 @@ class Fast(Plain):
     def first_norm(self, step: Pass, x_TD: Tensor) -> Stream:
         """The residual stream that embeddings begin, with the norm of the first layer."""
         anywhere = self.pool.entry(0, LAST_NORM)  # no linear layer's entry, of which nothing is read
-        return self._normed(step, (0, FIRST_NORM), x_TD, None, anywhere)
+        first = (0, FIRST_NORM)
+        return self._normed(step, first, x_TD, None, anywhere)
 
     def norm(self, step: Pass, place: Place, x_TD: Tensor, stream_TD: Tensor, source: Place) -> Stream:
         """The residual stream with x, which is completed, and the stream's norm."""
         layer, name = source
-        origin = self.pool.entry(layer, f"{name}_proj")
+        linear = f"{name}_proj"
+        origin = self.pool.entry(layer, linear)
         return self._normed(step, place, x_TD, stream_TD, origin)
 
     def rotate(self, step: Pass, layer: int, y_TO: Tensor) -> Tensor:
         """Queries; keys and values go to the cache."""
-        return self.rotary.rotate(step, layer, y_TO)
+        rotary = self.rotary
+        return rotary.rotate(step, layer, y_TO)
 
     def attend(self, step: Pass, layer: int, query_THE: Tensor) -> Tensor:
         """Attention: over pages where every row is a sequence, else of runs of rows."""
@@ -205,5 +208,6 @@ class Fast(Plain):
         entry = self.pool.entry(layer, "o_proj")
         adapter_T = step.adapters.adapter_T
         tiles = triton.cdiv(inputs, SCALE_TILE)
-        grid = (rows, tiles)
-        scale_kernel[grid](x_TI, adapter_T, entry, self.arena, inputs, self.stride, N=SCALE_TILE)
+        launch = scale_kernel[(rows, tiles)]
+        arena = self.arena
+        launch(x_TI, adapter_T, entry, arena, inputs, self.stride, N=SCALE_TILE)

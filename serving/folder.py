@@ -75,15 +75,16 @@ class Folder:
     def refuse(self, key: str, allowed: str) -> AdapterRefused:
         """The error for a value of the config."""
         value = self.config.get(key)
-        found = f"{self.config_path}: {key}: found {value!r}"
-        return AdapterRefused(f"{found}; allowed: {allowed}")
+        field = f"{self.config_path}: {key}"
+        message = f"{field}: found {value!r}; allowed: {allowed}"
+        return AdapterRefused(message)
 
     def only(self, *known: str) -> None:
         """Raise AdapterRefused where the config says something else that could change what is computed."""
         harmless = HARMLESS.union(known)
         for key, value in self.config.items():
             if value and key not in harmless:
-                raise AdapterRefused(f"{self.config_path}: {key}: found {value!r}; allowed: nothing, or null")
+                raise self.refuse(key, "nothing, or null")
 
 
 # What a config says of how an adapter was made or found, and what its tensors' names say again.

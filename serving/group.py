@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Names = tuple[str, ...]
@@ -71,7 +70,8 @@ class Group:
 
     def weight(self, layer: int, rows: int) -> Tensor:
         """The first rows [rows, I] of a layer's weight."""
-        return self.weight_LNI[layer, :rows]
+        first = slice(rows)
+        return self.weight_LNI[layer, first]
 
     def bias(self, layer: int, rows: int) -> Tensor | None:
         """The first numbers of a layer's bias, if it has one."""
@@ -148,7 +148,7 @@ def moved_biases(layers: Layers, linears: LinearLayers, rows: int) -> Tensor | N
 
 def empty_like_layers(example: Tensor, size: tuple[int, ...]) -> Tensor:
     """Zeros of this size, on the device and in the type of an example."""
-    return torch.zeros(size, dtype=example.dtype, device=example.device)
+    return example.new_zeros(size)
 
 
 def adopt(linear: nn.Linear, place_OI: Tensor) -> None:

@@ -138,7 +138,9 @@ class Work:
     @property
     def size(self) -> WorkSize:
         """What a graph's kernels are launched for."""
-        return self.tasks, self.segments, self.rank, self.ranks
+        tasks = self.tasks
+        segments = self.segments
+        return tasks, segments, self.rank, self.ranks
 
 
 @dataclass
@@ -152,9 +154,13 @@ class Grouping:
     @classmethod
     def of(cls, adapters: AdapterBatch, rows: int, rank_of: RankOf) -> "Grouping":
         """The grouping of a pass in tiles of so many rows, of whose adapters grouped kernels compute these ranks."""
+
+        def rank_behind(needs: Needs) -> int:
+            return needs.behind
+
         tiles = Tiles.of(adapters.adapter_T, rows)
         before = Work.of(tiles, adapters, rank_of)
-        behind = Work.of(tiles, adapters, lambda needs: needs.behind)
+        behind = Work.of(tiles, adapters, rank_behind)
         return cls(tiles, before, behind)
 
     def to(self, device: torch.device) -> "Grouping":

@@ -37,7 +37,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
     @property
     def tokenizer_name(self) -> str:
         """What requests are kept under, where the harness keeps them."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
+        name = str(self.tokenizer.name_or_path)
+        return name.replace("/", "__")
 
     @property
     def eot_token_id(self) -> int:
@@ -136,11 +137,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
         wanted = settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS
         new_tokens = min(int(wanted), self.max_length // 2)
         room = self.max_length - new_tokens
-        ids = self.tok_encode(prompt)[-room:]
+        ids = self.tok_encode(prompt)
+        prompt_ids = tuple(ids[-room:])
         temperature = 0.0
         if settings.get("do_sample"):
             temperature = float(settings.get("temperature", 1.0))
-        return Request(tuple(ids), self.adapter, new_tokens, (self.eot_token_id,), temperature)
+        end = (self.eot_token_id,)
+        return Request(prompt_ids, self.adapter, new_tokens, end, temperature)
 
 
 def _until(settings: dict[str, Any]) -> tuple[str, ...]:

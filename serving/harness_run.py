@@ -70,7 +70,9 @@ def folder_of(request: RequestData) -> Path:
     digest = hashlib.sha256(repr(facts).encode())
     key = digest.hexdigest()[:KEY_SHOWN]
     head = versions_of(request["base_digest"])
-    return Path(request["out"]) / base_key(head) / f"lm_eval-{path.stem}-{key}"
+    base = base_key(head)
+    of_base = Path(request["out"]) / base
+    return of_base / f"lm_eval-{path.stem}-{key}"
 
 
 def sizes_of_harness(config: Any, candidates: Sequence[Candidate]) -> dict[str, int]:

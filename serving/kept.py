@@ -32,8 +32,10 @@ class KeptAnswer(NamedTuple):
     @classmethod
     def load(cls, plain: PlainLine) -> "KeptAnswer":
         """The answer in plain data; raises KeyError or TypeError where there is none."""
+        fields = {name: plain[name] for name in cls._fields}
         numbers = tuple(plain["log_likelihoods"])
-        return cls(plain["key"], plain["text"], plain["tokens"], numbers, plain["without_room"])
+        fields["log_likelihoods"] = numbers
+        return cls(**fields)
 
 
 class AnswersFile:

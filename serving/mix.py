@@ -4,7 +4,7 @@ Shapes: T rows, N runs of rows that have one adapter.
 """
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class AdapterBatch:
     def to(self, device: torch.device) -> "AdapterBatch":
         """The same with the adapters' indices on a device."""
         adapter_T = self.adapter_T.to(device, non_blocking=True)
-        return AdapterBatch(adapter_T, self.members, self.needs)
+        return replace(self, adapter_T=adapter_T)
 
 
 def index_of(owner: Owner) -> int:

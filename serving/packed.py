@@ -63,7 +63,8 @@ class Needs:
     @property
     def is_narrow(self) -> bool:
         """Whether there are narrow adapters, and no wide ones."""
-        return self.narrow > 0 and self.wide == 0
+        has_narrow = self.narrow > 0
+        return has_narrow and self.wide == 0
 
     def __or__(self, other: "Needs") -> "Needs":
         """The needs of a batch that has both: the larger ranks, and every part that either has."""
@@ -171,7 +172,8 @@ def fill_row(row_C: Tensor, part: Part, block: Block) -> None:
 
 def units_for(tensor: Tensor) -> int:
     """The number of units that a tensor takes, of which the last one may have space left."""
-    return -(-tensor.numel() // UNIT)
+    elements = tensor.numel()
+    return -(-elements // UNIT)
 
 
 def needs_of(adapter: Adapter) -> Needs:

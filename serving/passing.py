@@ -33,7 +33,8 @@ class Span:
     @property
     def last_row(self) -> int:
         """The number of its last row."""
-        return self.row + self.count - 1
+        end = self.row + self.count
+        return end - 1
 
     @property
     def rows(self) -> slice:
@@ -156,6 +157,7 @@ def positions_and_places(spans: list[Span]) -> tuple[Tensor, Tensor]:
 
 def page_table(sequences: list[list[int]]) -> Tensor:
     """The pages [N, P] of some sequences, padded to as many as the longest has."""
-    most = max(len(pages) for pages in sequences)
+    lengths = [len(pages) for pages in sequences]
+    most = max(lengths)
     rows = [padded_pages(pages, most) for pages in sequences]
     return torch.tensor(rows)

@@ -29,7 +29,8 @@ class Plain:
 
     def project(self, step: Pass, name: str, layer: int, x_TI: Tensor) -> Tensor:
         """The outputs of a group of linear layers."""
-        return self.linears.project(step.adapters, name, layer, x_TI)
+        adapters = step.adapters
+        return self.linears.project(adapters, name, layer, x_TI)
 
     def first_norm(self, step: Pass, x_TD: Tensor) -> Stream:
         """The residual stream that embeddings begin, with the norm of the first layer."""

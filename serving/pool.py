@@ -49,7 +49,8 @@ class Resident:
     @property
     def has_vocabulary(self) -> bool:
         """Whether the adapter has an embedding or a head of its own."""
-        return self.embed_VD is not None or self.head_VD is not None
+        has_embedding = self.embed_VD is not None
+        return has_embedding or self.head_VD is not None
 
 
 class Pool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from serving.cache import PAGE, Cache
 from serving.sequence import Sequence
 
-Key = bytes
+PageKey = bytes
 
 
 class Prefixes:
@@ -51,7 +51,7 @@ class Prefixes:
             sequence.joined_pages.append(page)
 
 
-def next_key(sequence: Sequence) -> Key | None:
+def next_key(sequence: Sequence) -> PageKey | None:
     """The key of the page that a sequence computes next; None where it must compute that page itself."""
     if sequence.computed % PAGE:
         return None
@@ -65,7 +65,7 @@ def next_key(sequence: Sequence) -> Key | None:
     return page_keys(sequence).get(number)
 
 
-def page_keys(sequence: Sequence) -> dict[int, Key]:
+def page_keys(sequence: Sequence) -> dict[int, PageKey]:
     """The key of each page that the prompt fills, by its number; none where virtual tokens end within a page."""
     if sequence.page_keys is None:
         sequence.page_keys = {}
@@ -75,7 +75,7 @@ def page_keys(sequence: Sequence) -> dict[int, Key]:
     return sequence.page_keys
 
 
-def _keys(sequence: Sequence) -> Iterator[Key]:
+def _keys(sequence: Sequence) -> Iterator[PageKey]:
     """The keys of a prompt's full pages; each is made from the one before."""
     request = sequence.request
     digest = ""

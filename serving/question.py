@@ -53,8 +53,9 @@ class ScoredText:
     @classmethod
     def load(cls, plain: Sequence[Any]) -> "ScoredText":
         """The text in plain data."""
-        ids, ranges = plain
-        return cls(tuple(ids), tuple(map(_range_of, ranges)))
+        ids, plain_ranges = plain
+        ranges = tuple(map(_range_of, plain_ranges))
+        return cls(tuple(ids), ranges)
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,13 @@ class AskedTask:
     @property
     def folder_name(self) -> str:
         """The name of the folder that has its answers."""
-        return f"{self.name}-{self.key[:KEY_SHOWN]}"
+        key = self.key[:KEY_SHOWN]
+        return f"{self.name}-{key}"
 
     @classmethod
     def load(cls, plain: Mapping[str, Any]) -> "AskedTask":
         """The task in plain data."""
+        name = plain["name"]
+        key = plain["key"]
         questions = map(Question.load, plain["questions"])
-        return cls(plain["name"], plain["key"], tuple(questions))
+        return cls(name, key, tuple(questions))

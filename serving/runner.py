@@ -39,7 +39,8 @@ class Graph:
     def gone(self) -> bool:
         """Whether an adapter whose embeddings it reads was evicted."""
         members = self.batch.adapters.members
-        return any(member.resident.gone for member in members)
+        gone = [member.resident.gone for member in members]
+        return any(gone)
 
 
 @dataclass
@@ -108,7 +109,8 @@ class Runner:
 
     def _write_rows(self) -> None:
         """Copy what the rows are to the device."""
-        self.rows.write(self.sequences, self._count())
+        count = self._count()
+        self.rows.write(self.sequences, count)
 
     def _batch(self) -> Batch:
         """The sequences as a batch for which there may be a graph; adapters' factors are where a pass finds them."""

@@ -108,7 +108,7 @@ def choose(logits_TV: Tensor, manner: Manner, choice: Choice, number_T: Tensor) 
         return draw(logits_TV, choice.temperature_T, choice.seed_T, number_T)
     token_T = logits_TV.argmax(-1)
     if not manner.is_greedy:
-        drawn_T = _drawn(logits_TV, manner, choice, number_T)
+        drawn_T = _drawn_tokens(logits_TV, manner, choice, number_T)
         token_T = torch.where(choice.temperature_T > 0, drawn_T, token_T)
     if not manner.scores:
         return NextTokens(token_T, torch.zeros_like(token_T, dtype=torch.float32))
@@ -131,7 +131,7 @@ def _scaled(logits_TV: Tensor, temperature_T: Tensor) -> Tensor:
     return logits_TV.float() / divisor_T1
 
 
-def _drawn(logits_TV: Tensor, manner: Manner, choice: Choice, number_T: Tensor) -> Tensor:
+def _drawn_tokens(logits_TV: Tensor, manner: Manner, choice: Choice, number_T: Tensor) -> Tensor:
     """A token drawn for each row."""
     _, vocabulary = logits_TV.shape
     scaled_TV = _scaled(logits_TV, choice.temperature_T)

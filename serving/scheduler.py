@@ -40,7 +40,8 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.filling or self.running)
+        waiting_or_admitted = self.waiting or self.filling or self.running
+        return not waiting_or_admitted
 
     @property
     def stuck(self) -> bool:
@@ -63,7 +64,8 @@ class Scheduler:
 
     @property
     def _admitted(self) -> int:
-        return len(self.filling) + len(self.running)
+        filling = len(self.filling)
+        return filling + len(self.running)
 
     def _is_kept_from(self, sequence: Sequence) -> bool:
         """Whether the free rows are kept for tenants that have none: who asks now and then starts at once."""

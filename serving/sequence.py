@@ -85,7 +85,8 @@ class Sequence:
     @property
     def prompted(self) -> int:
         """Positions that its prompt ends at, virtual tokens included."""
-        return self.virtual + len(self.request.prompt)
+        tokens = len(self.request.prompt)
+        return self.virtual + tokens
 
     @property
     def length(self) -> int:

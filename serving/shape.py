@@ -42,7 +42,8 @@ class Shape:
     @property
     def all_heads(self) -> int:
         """Heads of queries, keys and values together."""
-        return self.heads + 2 * self.kv_heads
+        of_keys_and_values = 2 * self.kv_heads
+        return self.heads + of_keys_and_values
 
     @property
     def queries_of_key(self) -> int:

@@ -77,8 +77,9 @@ class SharedEngine:
 
     @property
     def _has_nothing_to_do(self) -> bool:
-        is_busy = self._new or self._under_way or self._closed
-        return not is_busy and self.engine.scheduler.idle
+        if self._new or self._under_way or self._closed:
+            return False
+        return self.engine.scheduler.idle
 
     def _begin(self, asked: Asked) -> None:
         """Give requests to the engine; where one is refused, all of them are."""
@@ -123,8 +124,9 @@ class SharedEngine:
 
     def _end_at_stop_texts(self, asked: Asked) -> None:
         """End what is being written where one of the texts that end it is there already."""
-        for sequence, stop_texts in zip(asked.sequences, asked.stop_texts, strict=True):
-            if not stop_texts or sequence.finished:
+        pairs = zip(asked.sequences, asked.stop_texts, strict=True)
+        for sequence, stop_texts in pairs:
+            if sequence.finished or not stop_texts:
                 continue
             text = self.tokenizer.decode(sequence.answer, skip_special_tokens=True)
             sequence.ended = any(stop in text for stop in stop_texts)

@@ -87,7 +87,8 @@ def most_tokens(shape: Shape) -> int:
 def bytes_for(folders: Iterable[Path]) -> int:
     """The memory that the adapters of these folders take, with some to spare; a long list of them takes turns."""
     weights = sum(map(bytes_of, folders))
-    return min(MOST_BYTES, 2 * weights + SPARE_BYTES)
+    wanted = 2 * weights + SPARE_BYTES
+    return min(MOST_BYTES, wanted)
 
 
 def bytes_of(folder: Path) -> int:

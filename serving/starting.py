@@ -27,7 +27,8 @@ class ReadyEngine:
 
     def decode(self, ids: list[int]) -> str:
         """Token ids as text, without control tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(text)
 
 
 def ready_engine(request: RequestData, sizes_of: SizesOf) -> ReadyEngine | list[str]:

@@ -31,6 +31,7 @@ PLURALS = {
 
 FEWEST_WORDS = 4  # of a docstring
 MOST_NODES = 8.5  # of the syntax tree, for each line of code in a package
+MOST_NODES_IN_BODY = 13  # the same, in the body of each function
 MOST_COMPREHENSIONS = 26  # in a thousand lines of code of a package
 LONGEST_FUNCTION = 40  # lines of code
 LONGEST_FILE = 300  # lines
@@ -169,6 +170,30 @@ def test_lines_hold_one_idea(package: str) -> None:
     if lines:
         assert nodes / lines <= MOST_NODES, f"{nodes / lines:.2f} syntax nodes a line"
         assert 1000 * comprehensions / lines <= MOST_COMPREHENSIONS
+
+
+def body_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
+    """The statements of a function, without its docstring."""
+    if ast.get_docstring(function) is None:
+        return function.body
+    return function.body[1:]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_lines_of_each_function_can_be_read_aloud(package: str) -> None:
+    """However short it is: two or three ideas get two or three lines, and a name for what is between them."""
+    dense = []
+    for path in modules(package):
+        for node in documented(path):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_kernel(node):
+                continue
+            body = [part for statement in body_of(node) for part in ast.walk(statement)]
+            begins = [part.lineno for part in body if isinstance(part, ast.stmt | ast.expr)]
+            if begins:
+                lines = code_lines(path).intersection(range(min(begins), (node.end_lineno or 0) + 1))
+                if len(body) > MOST_NODES_IN_BODY * len(lines):
+                    dense.append(f"{where(path, node)}: {len(body) / len(lines):.1f} syntax nodes a line")
+    assert not dense, "\n".join(dense)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

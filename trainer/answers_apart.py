@@ -49,7 +49,8 @@ def check_answers_apart(run: Run) -> None:
 
 
 def _refuse_base(kind: str, reason: str) -> NoReturn:
-    raise ValueError(f"objective.share_prompts: found true with a base of type {kind}, {reason}; allowed: false")
+    found = f"true with a base of type {kind}, {reason}"
+    raise ValueError(f"objective.share_prompts: found {found}; allowed: false")
 
 
 def problem_of_branches(

@@ -79,8 +79,10 @@ class Evaluator:
         """The evaluator of some examples and prompts."""
         job = run.job
         layout = layout_of(job)
-        batches = Batches(examples, layout, seed=0, batch_tokens=job.train.batch_tokens, epochs=1)
-        return cls(run.world, examples, batches, prompts, job.evaluation.max_new_tokens)
+        tokens = job.train.batch_tokens
+        batches = Batches(examples, layout, seed=0, batch_tokens=tokens, epochs=1)
+        longest = job.evaluation.max_new_tokens
+        return cls(run.world, examples, batches, prompts, longest)
 
     def _divided(self, run: Run, tested: int) -> "Evaluator":
         """The same without the last so many examples, which become its test rows."""
@@ -289,4 +291,5 @@ def _row_count(batch: GlobalBatch) -> int:
 
 def _prompts_of(round_: list[PromptGroup]) -> int:
     """The number of prompts of a round."""
-    return sum(len(group.prompts) for group in round_)
+    counts = [len(group.prompts) for group in round_]
+    return sum(counts)

@@ -136,4 +136,6 @@ def evaluate_in_time(run: Run, step: int, evaluator: Evaluator) -> bool:
 
 def is_multiple(step: int, every: int | None) -> bool:
     """Whether what is done every so many steps, if at all, is done after this one."""
-    return every is not None and step % every == 0
+    if every is None:
+        return False
+    return step % every == 0

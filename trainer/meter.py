@@ -137,7 +137,8 @@ class Meter:
 
     def pause(self) -> None:
         """Leave the time since the last report out of the speed (evaluations, saves)."""
-        self._last = Timestamp(self.world.device)
+        device = self.world.device
+        self._last = Timestamp(device)
 
     @contextmanager
     def pausing(self) -> Iterator[SaveRequest]:
@@ -185,4 +186,5 @@ def as_clock(seconds: float) -> str:
     total = int(seconds)
     minutes, whole_seconds = divmod(total, 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}"
+    on_the_clock = f"{minutes:02d}:{whole_seconds:02d}"
+    return f"{hours:02d}:{on_the_clock}"

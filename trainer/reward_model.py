@@ -87,7 +87,7 @@ class AdapterJudge:
         return scores
 
 
-class ModelJudge:
+class WholeModelJudge:
     """A reward model of another base, or a whole one: it lies beside the trainer's, and reads texts."""
 
     def __init__(
@@ -145,7 +145,7 @@ def judge_of(
     """What scores by a reward model, beside or on the base of an engine."""
     if shares_base(folder, base):
         return AdapterJudge(engine, folder)
-    return ModelJudge(
+    return WholeModelJudge(
         folder,
         engine.base.device,
         engine.base.dtype,

@@ -116,7 +116,8 @@ class FunctionReward:
 
 def arguments_of(sample: RewardSample, completion: str) -> dict[str, Any]:
     """What a function is called with, for a completion of a sample's prompt."""
-    return {"prompt": sample.prompt, "completion": completion, "row": dict(sample.row)}
+    row = dict(sample.row)
+    return {"prompt": sample.prompt, "completion": completion, "row": row}
 
 
 class WeightedRewards:

@@ -39,7 +39,9 @@ def take_step(run: Run, step: int, feed: Feed, meter: Meter, request: SaveReques
     """Take a step and report it; gives what all ranks ask for, perhaps late."""
     done = apply_step(run, step, feed)
     sums = done.sums
-    return meter.record(step, sums.loss, sums.metrics, done.norm, done.lr, done.tokens, done.wait_s, request)
+    loss = sums.loss
+    metrics = sums.metrics
+    return meter.record(step, loss, metrics, done.norm, done.lr, done.tokens, done.wait_s, request)
 
 
 def apply_step(run: Run, step: int, feed: Feed, factor: float = 1.0) -> StepTaken:
@@ -100,7 +102,8 @@ class Sums:
     """The shares of the micro-batches so far, fp64."""
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device, dtype=torch.float64)
+        zero = torch.zeros((), device=device, dtype=torch.float64)
+        self.loss = zero
         self.metrics: NamedSums = {}
 
     def add(self, shares: Shares) -> None:

@@ -38,7 +38,9 @@ class StopRequests:
 
     def pauses(self, step: int) -> bool:
         """Whether somebody wants a pause after this step, and there is time for what is no step; a collective."""
-        return self._world.told(self.wanted(step) and not self._stop)
+        wanted = self.wanted(step)
+        has_time = not self._stop
+        return self._world.told(wanted and has_time)
 
     def warned(self) -> bool:
         """Whether there is a deadline, so that what is no step has to be left too, as rank 0 knows."""

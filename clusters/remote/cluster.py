@@ -21,18 +21,21 @@ class RemoteCluster:
         self, job: AnyJob, run_id: str, submission: int | None = 1, secrets: tuple[str, ...] = ()
     ) -> ClusterRequest:
         """What would be submitted, as the backend there makes it; raises SubmissionRefused."""
-        arguments = {"job": job.dump(), "run_id": run_id, "submission": submission, "secrets": secrets}
-        made = self.far_side.ask({"verb": "request", **arguments})
-        return ClusterRequest(**made | {"secrets": secrets})
+        question = {"verb": "request", "job": job.dump(), "run_id": run_id, "submission": submission}
+        made = self.far_side.ask({**question, "secrets": secrets})
+        made["secrets"] = secrets
+        return ClusterRequest(**made)
 
     def forecast(self, request: ClusterRequest) -> float | None:
         """In how many seconds it would start there; raises SubmissionRefused where it never would."""
-        wait_s: float | None = self.far_side.ask({"verb": "forecast", "request": asdict(request)})
+        plain = asdict(request)
+        wait_s: float | None = self.far_side.ask({"verb": "forecast", "request": plain})
         return wait_s
 
     def submit(self, request: ClusterRequest) -> None:
         """Hand a request over, once however often it is repeated."""
-        self.far_side.ask({"verb": "submit", "request": asdict(request)})
+        plain = asdict(request)
+        self.far_side.ask({"verb": "submit", "request": plain})
 
     def status(self, run_ids: Iterable[str]) -> dict[str, ClusterStatus]:
         """The state of each run, by one look for all of them."""
@@ -62,7 +65,8 @@ class RemoteCluster:
 
     def cancel(self, run_id: str) -> None:
         """Make sure that a controller will see the cancel request that is in the run folder."""
-        self.far_side.ask({"verb": "cancel", "run_id": run_id})
+        question = {"verb": "cancel", "run_id": run_id}
+        self.far_side.ask(question)
 
     def capacity(self) -> Capacity:
         """What the cluster has for workers."""

@@ -27,7 +27,8 @@ class Code:
     @property
     def modules(self) -> int:
         """How many of the files are Python's."""
-        return sum(path.endswith(".py") for path in self.files)
+        of_python = [path for path in self.files if path.endswith(".py")]
+        return len(of_python)
 
     def archive(self) -> bytes:
         """All files as a tar archive (gzip)."""

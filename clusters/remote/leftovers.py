@@ -37,7 +37,9 @@ class HomeLeftover:
 
 def leftovers_in(home: Path) -> list[HomeLeftover]:
     """What is left over below a FLEETUNE_HOME."""
-    return [*_come_in_part(home), *_secrets_of_ended(home)]
+    in_part = _come_in_part(home)
+    of_ended = _secrets_of_ended(home)
+    return [*in_part, *of_ended]
 
 
 def remove_leftovers(home: Path, paths: Collection[str]) -> list[HomeLeftover]:
@@ -61,8 +63,9 @@ def _come_in_part(home: Path) -> Iterator[HomeLeftover]:
     """Files and folders that came in part, and that nobody has gone on with for a day."""
     oldest = time.time() - _ABANDONED_S
     for folder, what in _IN_PART.items():
-        for name in sorted(list_names(home / folder)):
-            path = home / folder / name
+        whole = home / folder
+        for name in sorted(list_names(whole)):
+            path = whole / name
             if name.startswith(".") and _last_change(path) < oldest:
                 size = _bytes_below(path)
                 yield HomeLeftover(f"{folder}/{name}", f"{what} that came in part, more than a day ago", size)

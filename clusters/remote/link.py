@@ -74,7 +74,8 @@ class Ssh:
 
     def foreground(self) -> list[str]:
         """ssh that opens the shared connection, may ask for what it needs, and goes to the background."""
-        return ["ssh", "-f", "-N", *self._options(), "--", self.destination]
+        options = self._options()
+        return ["ssh", "-f", "-N", *options, "--", self.destination]
 
     def remedy(self, stderr: str) -> str:
         """The command to type, by what ssh said."""

@@ -1,6 +1,7 @@
 """The lock: which packages, and which versions of them, the environment of a cluster has."""
 
 import hashlib
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,13 @@ class Lock:
         texts = f"{self.requirements}\0{self.constraints}"
         hexadecimal = hashlib.sha256(texts.encode()).hexdigest()
         return hexadecimal[:_LOCK_DIGITS]
+
+    @property
+    def ray_version(self) -> str:
+        """The version of Ray that runs have."""
+        pinned = re.search(r"^ray==(\S+)", self.constraints, re.MULTILINE)
+        assert pinned
+        return pinned[1]
 
 
 @cache

@@ -85,8 +85,10 @@ class FarMachine:
         in_one_line = encoded.decode()  # a login shell like tcsh takes no others
         root = config.root or ""
         python = config.python or ""
+        code = self.code.digest
+        lock = self.lock.digest
         modules = str(self.code.modules)
-        arguments = [root, self.code.digest, python, self.lock.digest, modules]
+        arguments = [root, code, python, lock, modules]
         decode = ["bash", "-c", scripts.DECODE, "fleetune", in_one_line]
         return self.link.process([*decode, *arguments])
 

@@ -38,7 +38,8 @@ def main() -> None:
 
 def is_ready(folder: Path) -> bool:
     """Whether the environment of a folder is there, whole, with a Python that is still there."""
-    return os.access(folder / "ready" / "bin" / "python", os.X_OK)
+    python = folder / "ready" / "bin" / "python"
+    return os.access(python, os.X_OK)
 
 
 def _start_maker(folder: Path, wanted: dict[str, Any]) -> None:

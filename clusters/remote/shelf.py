@@ -114,7 +114,9 @@ def _held(file: Path) -> Iterator[None]:
 
 def _check(digest: str, name: str = "file") -> None:
     """Raise Refused for names that would lie elsewhere."""
-    if len(digest) != 64 or not digest.isalnum():
+    is_digest = len(digest) == 64 and digest.isalnum()
+    if not is_digest:
         raise Refused(f"digest: found {digest!r}; allowed: 64 hexadecimal characters")
-    if Path(name).name != name or name in ("", ".", ".."):
+    is_plain = Path(name).name == name
+    if not is_plain or name in ("", ".", ".."):
         raise Refused(f"name: found {name!r}; allowed: the name of a file, without a folder")

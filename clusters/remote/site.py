@@ -167,11 +167,13 @@ class RemoteSite:
 
     def _part(self, run_id: str, path: str, offset: int) -> bytes:
         """Bytes of a file of a run from an offset on."""
-        encoded = self._ask("part", run_id=run_id, path=path, offset=offset, length=_MESSAGE_BYTES)
+        place = {"run_id": run_id, "path": path, "offset": offset}
+        encoded = self._ask("part", **place, length=_MESSAGE_BYTES)
         return b64decode(encoded)
 
     def _ask(self, verb: str, **arguments: Any) -> Any:
-        return self.far_side.ask({"verb": verb, **arguments})
+        question = {"verb": verb, **arguments}
+        return self.far_side.ask(question)
 
 
 def _report(progress: Progress, before: int, total: int, sent: int) -> None:

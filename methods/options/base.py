@@ -58,8 +58,12 @@ class Options(BaseModel):
 
     def in_use(self) -> dict[str, Any]:
         """The options as they are used, by name; those that are empty are left out."""
-        values = self.model_dump(exclude={"kind"})
-        return {name: value for name, value in values.items() if value not in (None, ())}
+        in_use = {}
+        for name, value in self.model_dump(exclude={"kind"}).items():
+            is_empty = value is None or value == ()
+            if not is_empty:
+                in_use[name] = value
+        return in_use
 
     def optimizer_bytes(self, linears: Linears, others: Others) -> Footprint:
         """Bytes of the optimizer's state (two fp32 moments per weight): what ZeRO shares, and what it does not."""
@@ -116,11 +120,14 @@ class Targeted(ModuleOptions):
 
     def targets(self, linears: Linears, others: Others) -> Matrices:
         """The modules of the job, with their (out, in); a name stands for every module that ends with it."""
-        return choose_targets(self.target, self.exclude, linears, others)
+        wanted = self.target
+        excluded = self.exclude
+        return choose_targets(wanted, excluded, linears, others)
 
     def linear_targets(self, linears: Linears) -> Matrices:
         """The same of linear layers alone, for methods that cannot adapt embeddings and head."""
-        return choose_targets(self.target, self.exclude, linears, {})
+        no_others: Others = {}
+        return choose_targets(self.target, self.exclude, linears, no_others)
 
 
 def known_positions(config: BaseConfig) -> int | None:

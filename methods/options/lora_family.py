@@ -39,7 +39,9 @@ class LowRankOptions(Targeted):
 
     def in_use(self) -> dict[str, Any]:
         """The options as they are used, with the number that alpha stands for."""
-        return super().in_use() | {"alpha": self.alpha_in_use}
+        options = super().in_use()
+        options["alpha"] = self.alpha_in_use
+        return options
 
     def added_parameters(self, linears: Linears, others: Others) -> int:
         """A in R^{r x in} and B in R^{out x r} for every target."""

@@ -36,11 +36,14 @@ class _DitheredSum(torch.autograd.Function):
         """Add noise below the bits of bf16, and drop those."""
         ctx.dtype = update_OI.dtype
         exact_OI = weight_OI.float() + update_OI.float()
-        bits_OI = exact_OI.view(torch.int32) + (noise_OI.int() + HALF)
-        kept_OI = bits_OI & -(1 << LOWER_BITS)
+        bits_OI = exact_OI.view(torch.int32)
+        dithered_OI = bits_OI + (noise_OI.int() + HALF)
+        lower_bits = (1 << LOWER_BITS) - 1
+        kept_OI = dithered_OI & ~lower_bits
         return kept_OI.view(torch.float32).bfloat16()
 
     @staticmethod
     def backward(ctx: Any, slope_OI: Tensor) -> tuple[None, Tensor, None]:
         """Rounding has no slope of its own."""
-        return None, slope_OI.to(ctx.dtype), None
+        update_slope_OI = slope_OI.to(ctx.dtype)
+        return None, update_slope_OI, None

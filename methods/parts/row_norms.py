@@ -53,8 +53,9 @@ def _norm_shapes(
     _squares: WeightTensors,
     _scales: list[float],
 ) -> Tensor:
-    outputs = map(len, weights)
-    return weights[0].new_empty(sum(outputs), dtype=torch.float32)
+    first_weight = weights[0]
+    outputs = sum(map(len, weights))
+    return first_weight.new_empty(outputs, dtype=torch.float32)
 
 
 def _suit_kernel(weights: WeightTensors, a: WeightTensors, b: WeightTensors) -> bool:

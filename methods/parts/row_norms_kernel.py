@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from triton.language import constexpr
 
 NORM_TILING = {"OUTPUTS": 16, "STAGES": 3, "num_warps": 4}
 NUMBERS_OF_A = 2048  # that are read at once
+ROW_ALIGNMENT = 16  # elements that are read at once, where they begin at a multiple of it
 TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -135,5 +137,7 @@ def _on_device(places: Sequence[WeightPlace], scales: Sequence[float], device: t
 
 def _is_aligned(place: WeightPlace) -> bool:
     """Whether sixteen elements of a row can be read at once, wherever they begin."""
-    wanted = (place.weight, place.a, place.inputs, place.stride)
-    return not any(number % 16 for number in wanted)
+    addresses = (place.weight, place.a)
+    lengths = (place.inputs, place.stride)
+    common = gcd(ROW_ALIGNMENT, *addresses, *lengths)
+    return common == ROW_ALIGNMENT

@@ -123,8 +123,9 @@ class Bases:
 
     def _drawn(self, step: int, matrix: Matrix) -> Tensor:
         """A random basis, which every rank draws for itself."""
+        rank = matrix.rank
         drawer = generator(self._seed, step, matrix.name)
-        basis_SR = random_basis(matrix.side, matrix.rank, drawer)
+        basis_SR = random_basis(matrix.side, rank, drawer)
         return basis_SR.to(self._device)
 
 

@@ -44,7 +44,8 @@ class Exchange:
     @property
     def is_idle(self) -> bool:
         """Whether there is no other rank to tell of the vector, or nothing in it."""
-        return self.is_single or self.length == 0
+        is_empty = self.length == 0
+        return is_empty or self.is_single
 
     def reduce_scatter(self, flat: Tensor) -> Tensor:
         """This rank's slice of the sum of all ranks' vectors; where it is replicated, all of the sum."""

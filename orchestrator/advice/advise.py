@@ -33,12 +33,18 @@ class Advice:
     @property
     def racing(self) -> list[MethodCandidate]:
         """The candidates that are not left out."""
-        return [candidate for candidate in self.candidates if candidate.reason is None]
+        racing = []
+        for candidate in self.candidates:
+            if candidate.reason is None:
+                racing.append(candidate)
+        return racing
 
     def to_json(self) -> dict[str, Any]:
         """The advice as plain data, for JSON."""
         rules = [rule.to_json() for rule in self.rules]
-        methods = [candidate.to_json() for candidate in self.candidates]
+        methods = []
+        for candidate in self.candidates:
+            methods.append(candidate.to_json())
         return {"rules": rules, "candidates": methods}
 
 
@@ -51,10 +57,12 @@ def advise(
 ) -> Advice:
     """Plan every method for the job in a file, and say what evidence supports; raises InputError."""
     job, _ = read_job(path, overrides)
-    planner = planner_of(job, progress, cluster, gpu_gib)._replace(roughly=True)
-    found = candidates(planner, job)
-    situation = situation_of(planner, job, found)
-    return Advice(job, rules_for(situation), found)
+    planner = planner_of(job, progress, cluster, gpu_gib)
+    roughly = planner._replace(roughly=True)
+    found = candidates(roughly, job)
+    situation = situation_of(roughly, job, found)
+    rules = rules_for(situation)
+    return Advice(job, rules, found)
 
 
 def write_race(advice: Advice, job_file: Path, budget: str) -> Race | None:

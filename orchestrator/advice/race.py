@@ -98,7 +98,8 @@ def most_steps(plan: SweepPlan, methods: int) -> int:
         before = rung
     seeds = len(plan.sweep.seeds)
     tried = min(seeds, FIRST_SEEDS)
-    whole_runs = CANDIDATES * (tried - 1) + seeds - tried
+    of_candidates = CANDIDATES * (tried - 1)
+    whole_runs = of_candidates + seeds - tried
     rest_of_first = CANDIDATES * (plan.steps - before)
     of_finalist = rest_of_first + whole_runs * plan.steps
     finalists = min(methods, plan.sweep.finalists + 1)

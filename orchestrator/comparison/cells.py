@@ -24,7 +24,8 @@ def shown_measures(comparison: Comparison) -> list[Measure]:
 
 def has_unfinished(comparison: Comparison) -> bool:
     """Whether some rows have not succeeded, so that states must be shown."""
-    return any(row.state != "succeeded" for row in comparison.rows)
+    finished = [row.state == "succeeded" for row in comparison.rows]
+    return not all(finished)
 
 
 def cell(row: ComparisonRow, measure: Measure, joint: str = " ") -> str:

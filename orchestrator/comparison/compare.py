@@ -68,7 +68,8 @@ class Comparison:
     @property
     def shows_ranks(self) -> bool:
         """Whether any difference has an interval."""
-        return any(ranking.says_something for ranking in self.rankings)
+        telling = [ranking.says_something for ranking in self.rankings]
+        return any(telling)
 
     @property
     def runs(self) -> list[TrackedRun]:
@@ -232,8 +233,11 @@ def _quality(runs: Iterable[TrackedRun], wanted: str | None = None) -> Measure:
 
 def _all_tested(runs: Iterable[TrackedRun], measure: Measure) -> bool:
     """Whether all runs that succeeded have a measure of test rows: without them one would leave some out."""
-    finished = [run for run in runs if run.state == "succeeded"]
-    return all(measure.key in run.metrics for run in finished)
+    for run in runs:
+        is_tested = measure.key in run.metrics
+        if run.state == "succeeded" and not is_tested:
+            return False
+    return True
 
 
 def _reported(runs: Iterable[TrackedRun]) -> set[str]:

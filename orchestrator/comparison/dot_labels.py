@@ -28,9 +28,11 @@ class Box:
         """Whether two rectangles have a point in common."""
         left = max(self.left, other.left)
         right = min(self.right, other.right)
+        if left > right:
+            return False
         top = max(self.top, other.top)
         bottom = min(self.bottom, other.bottom)
-        return left <= right and top <= bottom
+        return top <= bottom
 
     def holds(self, other: "Box") -> bool:
         """Whether another rectangle lies within this one."""

@@ -31,7 +31,8 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         """Whether all of the interval is on one side of zero."""
-        return self.low > 0 or self.high < 0
+        is_above = self.low > 0
+        return is_above or self.high < 0
 
     def to_json(self) -> dict[str, float | None]:
         """The estimate as plain data; an end that is not finite is null."""

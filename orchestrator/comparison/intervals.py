@@ -87,8 +87,10 @@ class MeanSquares:
     @property
     def sum_of_parts(self) -> NumberOrDraws:
         """What estimates the variance of the mean, times seeds and rows: no less than seeds or rows alone show."""
-        together = self.of_seeds + self.of_rows - self.rest
-        of_one = np.maximum(self.of_seeds, self.of_rows)
+        seeds = self.of_seeds
+        rows = self.of_rows
+        together = seeds + rows - self.rest
+        of_one = np.maximum(seeds, rows)
         return np.maximum(together, of_one)
 
     @property

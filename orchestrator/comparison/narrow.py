@@ -67,7 +67,8 @@ def _headings(comparison: Comparison) -> list[str]:
 
 def _width(cell_text: str) -> int:
     """The columns of a cell of several lines."""
-    return max(map(len, cell_text.split("\n")))
+    lines = cell_text.split("\n")
+    return max(map(len, lines))
 
 
 def _aligned(cells: Iterable[str], widths: Sequence[int]) -> Iterator[str]:

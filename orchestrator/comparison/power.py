@@ -5,6 +5,7 @@ Shape suffixes are those of intervals.py.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -66,18 +67,14 @@ def smallest_difference(spread: Spread, seeds: int, rows: int, level: float = CO
 def seeds_needed(spread: Spread, difference: float, rows: int, level: float = CONFIDENCE) -> int | None:
     """The seeds with which so many rows show a difference in 80 of 100 cases; None where no number of them does."""
 
-    def power_of(seeds: int) -> float:
-        return power(spread, difference, seeds, rows, level)
-
+    power_of = partial(power, spread, difference, rows=rows, level=level)
     return _fewest(MOST_SEEDS, power_of)
 
 
 def rows_needed(spread: Spread, difference: float, seeds: int, level: float = CONFIDENCE) -> int | None:
     """The rows with which so many seeds show a difference in 80 of 100 cases; None where no number of them does."""
 
-    def power_of(rows: int) -> float:
-        return power(spread, difference, seeds, rows, level)
-
+    power_of = partial(power, spread, difference, seeds, level=level)
     return _fewest(MOST_ROWS_SAID, power_of)
 
 

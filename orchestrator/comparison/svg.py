@@ -63,7 +63,8 @@ def polyline(points: list[str]) -> str:
 def band(points: list[str], group: int) -> str:
     """The area within an outline of points "x,y", in the colour of a group."""
     joined = " ".join(points)
-    return _BAND_AREA.format(group=group, points=joined, colour=colour(group))
+    of_group = colour(group)
+    return _BAND_AREA.format(group=group, points=joined, colour=of_group)
 
 
 def front(points: list[str]) -> str:
@@ -86,7 +87,8 @@ def dot(x: float, y: float, group: int, filled: bool, hint: str) -> str:
 def upright(x: float, top: float, bottom: float, group: int) -> str:
     """An upright line in the colour of a group: an interval."""
     fields = {"x": x, "top": top, "bottom": bottom}
-    return _UPRIGHT_LINE.format(group=group, colour=colour(group), **fields)
+    of_group = colour(group)
+    return _UPRIGHT_LINE.format(group=group, colour=of_group, **fields)
 
 
 def level(left: float, right: float, y: float, group: int) -> str:

@@ -154,8 +154,10 @@ class EvaluationWork:
     def count(self, done: int) -> None:
         """Note that so many questions are answered."""
         self.done = done
-        self.attempt.append("metrics.jsonl", {"step": done, "time": time.time(), "answered": done})
-        print(f"{done:,} of {self.steps:,} questions answered", flush=True)
+        now = time.time()
+        self.attempt.append("metrics.jsonl", {"step": done, "time": now, "answered": done})
+        answered = f"{done:,} of {self.steps:,}"
+        print(f"{answered} questions answered", flush=True)
 
     def save(self) -> None:
         """Make a checkpoint of the answers; raises Fenced where the attempt has a successor."""

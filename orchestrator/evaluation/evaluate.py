@@ -13,7 +13,7 @@ from orchestrator.evaluation.judges import find_judge
 from orchestrator.evaluation.judging import judged_tasks, opponent, require_written
 from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
 from orchestrator.evaluation.questions import Preparation, PreparedTask
-from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, EvaluationReport, TaskResult
+from orchestrator.evaluation.report import EvaluatedTask, EvaluationReport, TaskResult, result_of_sheet
 from orchestrator.evaluation.request import base_tokenizer, evaluation_request, line_of
 from orchestrator.evaluation.scores import score_task
 from orchestrator.evaluation.submitted import ClusterEvaluation
@@ -130,7 +130,9 @@ def _report_of(place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllA
     """What was found, and what of it was asked only now."""
     asked = sum(answered.asked for answered in answers)
     seconds = sum(answered.seconds for answered in answers)
-    return EvaluationReport(place.model, by_task, asked, seconds, _warnings_of(by_task))
+    warnings = _warnings_of(by_task)
+    base = place.model
+    return EvaluationReport(base, by_task, asked, seconds, warnings)
 
 
 def base_named(base: str | None, sources: Sequence[AdapterSource]) -> Base:
@@ -206,8 +208,7 @@ def _scored_tasks(prepared: Sequence[PreparedTask], answered: AllAnswers) -> lis
 def _scored_sheet(task: PreparedTask, sheet: AnsweredSheet) -> TaskResult:
     """What one adapter's answers to a task are worth, or the base's."""
     scores = score_task(task, sheet.file.answers)
-    label = sheet.adapter or UNTUNED
-    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change, left_out=sheet.left_out)
+    return result_of_sheet(sheet, scores)
 
 
 def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:

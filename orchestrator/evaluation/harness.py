@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from orchestrator.errors import InputError
 from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
 from orchestrator.evaluation.questions import AskedRow, PreparedTask
-from orchestrator.evaluation.report import UNTUNED, EvaluatedTask, TaskResult
+from orchestrator.evaluation.report import EvaluatedTask, result_of_sheet
 from orchestrator.evaluation.scores import Score
 from orchestrator.evaluation.task import HARNESS, TaskSpec
 
@@ -40,8 +40,10 @@ def harness_name(reference: str | Path) -> str | None:
 
 def require_harness(names: Sequence[str]) -> None:
     """Raise InputError where tasks of the harness are asked for, and it is not installed here."""
-    if names and importlib.util.find_spec("lm_eval") is None:
-        raise InputError(f"--tasks {HARNESS}{names[0]}: needs lm_eval; allowed: pip install 'fleetune[harness]'")
+    if not names or importlib.util.find_spec("lm_eval"):
+        return
+    found = f"--tasks {HARNESS}{names[0]}"
+    raise InputError(f"{found}: needs lm_eval; allowed: pip install 'fleetune[harness]'")
 
 
 def harness_tasks(
@@ -57,7 +59,8 @@ def harness_tasks(
         rows: PlainRows = []
         for sheet in answered.sheets:
             rows = _rows_of_task(rows_of[sheet], judged)
-            result = _result_of(sheet, rows, judged)
+            scores = tuple(_scores_of(rows, judged))
+            result = result_of_sheet(sheet, scores)
             results.append(result)
         prepared = _prepared(judged, rows, name)
         task = EvaluatedTask(prepared, results)
@@ -83,14 +86,8 @@ def _rows_of_task(rows: PlainRows, judged: JudgedTask) -> PlainRows:
 
 def _task_judged(row: dict[str, Any]) -> JudgedTask:
     """Which task and filter a row is of."""
-    return JudgedTask(row["task"], row["filter"])
-
-
-def _result_of(sheet: AnsweredSheet, rows: PlainRows, judged: JudgedTask) -> TaskResult:
-    """What one adapter's answers are worth, or the base's."""
-    scores = tuple(_scores_of(rows, judged))
-    label = sheet.adapter or UNTUNED
-    return TaskResult(label, sheet.digest, scores, str(sheet.path), sheet.change, left_out=sheet.left_out)
+    task = row["task"]
+    return JudgedTask(task, row["filter"])
 
 
 def _scores_of(rows: PlainRows, judged: JudgedTask) -> Iterator[Score]:

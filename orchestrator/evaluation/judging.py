@@ -24,7 +24,7 @@ from trainer.data.rows import Row
 
 HALF_WON = 0.5
 _BEHIND_QUESTION = (" A", " B")
-_ASKED = (
+_JUDGE_QUESTION = (
     "Two answers to the same request are to be compared. The better one is {criterion}.\n\n"
     "The request:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\n"
     "Say with one letter which answer is better, A or B.\nThe better answer is"
@@ -246,7 +246,7 @@ def _both_orders(number: int, duel: Duel) -> Iterator[ChoiceRow]:
     orders = ((mine, theirs), (theirs, mine))
     for right, (first, second) in enumerate(orders):
         criterion = duel.task.criterion
-        asked = _ASKED.format(criterion=criterion, prompt=shown, first=first, second=second)
+        asked = _JUDGE_QUESTION.format(criterion=criterion, prompt=shown, first=first, second=second)
         yield ChoiceRow(number, asked, _BEHIND_QUESTION, right)
 
 

@@ -119,4 +119,7 @@ def _data(report: EvaluationReport) -> list[dict[str, Any]]:
 def _as_script(data: Any) -> str:
     """Plain data as JSON that no text in it can end."""
     text = json.dumps(data, ensure_ascii=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    for character in ("<", "\u2028", "\u2029"):
+        escaped = f"\\u{ord(character):04x}"
+        text = text.replace(character, escaped)
+    return text

@@ -105,6 +105,8 @@ def _last_words(code: int, said: str) -> str:
 
 def _sheet_in(said: dict[str, Any]) -> AnsweredSheet:
     """What a line of the process says of a file."""
-    path = Path(said["file"])
-    left_out = said.get("left_out", 0.0)
-    return AnsweredSheet(said["task"], said["adapter"], said["digest"], said["change"], path, left_out)
+    known: dict[str, Any] = {"path": Path(said["file"])}
+    known["left_out"] = said.get("left_out", 0.0)
+    for name in ("task", "adapter", "digest", "change"):
+        known[name] = said[name]
+    return AnsweredSheet(**known)

@@ -39,7 +39,9 @@ class AskedRow:
     @property
     def key(self) -> str:
         """The digest of what is asked and what is right."""
-        text = json.dumps([self.question.key, self.prompt, self.expected, self.right])
+        question = self.question.key
+        facts = [question, self.prompt, self.expected, self.right]
+        text = json.dumps(facts)
         digest = hashlib.sha256(text.encode())
         return digest.hexdigest()
 
@@ -142,8 +144,10 @@ class Preparation:
         texts: list[tuple[ScoredText, ...]] = [()] * len(rows)
         if task.kind == "generation":
             texts = list(_scored_rows(rows, encoder))
-        for row, ids, scored in zip(rows, prompts, texts, strict=True):
-            question = Question(tuple(ids), task.max_new_tokens, self._ends, task.stop, scored)
+        of_rows = zip(rows, prompts, texts, strict=True)
+        for row, ids, scored in of_rows:
+            prompt_ids = tuple(ids)
+            question = Question(prompt_ids, task.max_new_tokens, self._ends, task.stop, scored)
             prompt = self._shown(ids)
             expected = _expected(row)
             yield AskedRow(row.number, prompt, expected, question, row=row)
@@ -175,14 +179,16 @@ class Preparation:
 
     def _shown(self, ids: Sequence[int]) -> str:
         """A prompt as people read it, with the names of control tokens."""
-        return str(self._tokenizer.decode(list(ids)))
+        text = self._tokenizer.decode(list(ids))
+        return str(text)
 
     def _without_end(self, text: ScoredText) -> ScoredText:
         """A text without the end that no text to choose has by itself."""
         eos = self._tokenizer.eos_token_id
         *others, last = text.ranges
         first, stop = last
-        if text.ids[-1] != eos or stop - first < 2:
+        is_single = stop - first < 2
+        if is_single or text.ids[-1] != eos:
             return text
         shorter = (first, stop - 1)
         return ScoredText(text.ids[:-1], (*others, shorter))

@@ -1,7 +1,7 @@
 """What an evaluation found: of each adapter and of the base, by task, with intervals and what differs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,7 @@ from orchestrator.comparison.estimates import (
     win_rate,
 )
 from orchestrator.comparison.intervals import CONFIDENCE, at_once
+from orchestrator.evaluation.process import AnsweredSheet
 from orchestrator.evaluation.questions import PreparedTask
 from orchestrator.evaluation.scores import Score, Scores
 
@@ -77,7 +78,17 @@ class TaskResult:
     @property
     def without_room(self) -> int:
         """How many rows fill all positions of the base, so that nothing could be answered."""
-        return sum(score.without_room for score in self.scores)
+        counts = [score.without_room for score in self.scores]
+        return sum(counts)
+
+
+def result_of_sheet(sheet: AnsweredSheet, scores: Scores) -> TaskResult:
+    """What the answers of one adapter, or of the base, are worth by their scores."""
+    label = sheet.adapter or UNTUNED
+    digest = sheet.digest
+    file = str(sheet.path)
+    result = TaskResult(label, digest, scores, file)
+    return replace(result, change=sheet.change, left_out=sheet.left_out)
 
 
 @dataclass(frozen=True)

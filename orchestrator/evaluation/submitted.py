@@ -80,7 +80,9 @@ class ClusterEvaluation:
 
     def _job(self, questions: Path) -> EvaluationJob:
         """The job with paths of this machine; raises InputError."""
-        adapters = {source.label: str(source.folder) for source in self.sources}
+        adapters = {}
+        for source in self.sources:
+            adapters[source.label] = str(source.folder)
         base = self.base.model_dump(mode="json")
         plain = {"name": EVALUATION_NAME, "base": base, "adapters": adapters, "questions": str(questions)}
         return spec.validated(EvaluationJob, plain, self.overrides, "evaluate")

@@ -87,9 +87,10 @@ def difference_text(measure: str, difference: Estimate, joint: str = " ") -> str
 
 def _with_interval(form: str, estimate: Estimate, joint: str) -> str:
     """A value in a form, and the ends of its interval."""
-    value = form.format(estimate.value)
-    low = form.format(estimate.low)
-    high = form.format(estimate.high)
+    show = form.format
+    value = show(estimate.value)
+    low = show(estimate.low)
+    high = show(estimate.high)
     return f"{value}{joint}({low} to {high})"
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.evaluation.request import base_tokenizer
 from orchestrator.evaluation.questions import Preparation
+from orchestrator.evaluation.request import base_tokenizer
 from orchestrator.evaluation.task import TaskSpec
 from orchestrator.generation.written import WrittenRow, cut_at, id_of_row, prompt_of
 from orchestrator.planning.model import folder_of_base

@@ -134,8 +134,9 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
 
 def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
     """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
+    git = git_state(folder)
     at_width = job.at_width(model.hidden_size)
-    return frozen_of(at_width, cluster, of_inputs, git_state(folder))
+    return frozen_of(at_width, cluster, of_inputs, git)
 
 
 def frozen_of(

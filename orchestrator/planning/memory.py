@@ -104,8 +104,10 @@ def _dry_fit(
         def tried(changed: Job) -> Forecast:
             precision, fast = kinds(changed)
             parts = runner.parts(changed, precision, fast)
-            by_runs = corrected(changed)
-            return Forecast(parts, "dry run", by_runs.margin, by_runs.factor, by_runs.runs)
+            past = corrected(changed)
+            margin = past.margin
+            factor = past.factor
+            return Forecast(parts, "dry run", margin, factor, past.runs)
 
         forecast = tried(job)
         return _with_changes(job, forecast, tried, device, None)
@@ -134,5 +136,7 @@ def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, 
     if device is None:
         return MemoryFit(forecast, needed, None, None, (), problem)
     fits = needed <= device
-    tried = [] if fits else changes_that_fit(job, find, device, forecast)
-    return MemoryFit(forecast, needed, device, fits, tuple(tried), problem)
+    tried: tuple[Change, ...] = ()
+    if not fits:
+        tried = tuple(changes_that_fit(job, find, device, forecast))
+    return MemoryFit(forecast, needed, device, fits, tried, problem)

@@ -73,7 +73,8 @@ class Model:
     @property
     def added(self) -> int:
         """How many weights the job has added to embeddings and head."""
-        return parameter_count(self.shapes) - parameter_count(self.base_shapes)
+        of_base = parameter_count(self.base_shapes)
+        return parameter_count(self.shapes) - of_base
 
     @cached_property
     def base_shapes(self) -> Shapes:

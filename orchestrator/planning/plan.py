@@ -80,15 +80,19 @@ def plan(
     the GPUs, where they are not this machine's.
     """
     job, _ = read_job(source, overrides)
-    return planner_of(job, progress, cluster, gpu_gib).plan(job)
+    planner = planner_of(job, progress, cluster, gpu_gib)
+    return planner.plan(job)
 
 
 def planner_of(job: Job, progress: SourceProgress, cluster: str | None, gpu_gib: float | None) -> "Planner":
     """Look at the base and the rows of a job, and at the place where it would run; raises InputError."""
     place = _planned_place(job, cluster)
-    kind = "gpu" if gpu_gib is not None else place.capacity.kind
-    findings = check_job(job, progress, place.capacity, place.is_here)
-    device = planned_device(place.capacity, place.is_here, gpu_gib or place.gpu_gib)
+    capacity, is_here = place.capacity, place.is_here
+    findings = check_job(job, progress, capacity, is_here)
+    device = planned_device(capacity, is_here, gpu_gib or place.gpu_gib)
+    kind = "gpu"
+    if gpu_gib is None:
+        kind = capacity.kind
     return Planner(findings, place, kind, device)
 
 
@@ -162,7 +166,8 @@ class Planner(NamedTuple):
             return precision, planned_kernels(changed, kind) == "fast"
 
         def corrected(changed: Job) -> PastRatios:
-            return correction_of(changed, planned_kernels(changed, kind), self.place.earlier)
+            kernels = planned_kernels(changed, kind)
+            return correction_of(changed, kernels, self.place.earlier)
 
         findings = self.findings
         sample = _rows_for_all(findings.train)
@@ -211,7 +216,8 @@ def _hours(
 ) -> HoursForecast | None:
     """How long a job trains, where workers have GPUs and its steps and sizes are known."""
     steps = _steps(job, findings)
-    of_model = sizes(job, findings.model, kind)
+    model = findings.model
+    of_model = sizes(job, model, kind)
     if steps is None or of_model is None or not has_gpus(job, kind):
         return None
     kernels = planned_kernels(job, kind)
@@ -226,7 +232,8 @@ def _hours(
 
 def _steps(job: Job, findings: Findings) -> int | None:
     """The steps of a job, which are estimated where it says epochs."""
-    return job.train.steps or _estimated_steps(job, findings.train)
+    given = job.train.steps
+    return given or _estimated_steps(job, findings.train)
 
 
 def _rate_source(job: Job, hidden_size: int | None) -> str:

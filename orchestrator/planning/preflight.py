@@ -101,7 +101,9 @@ def _tracking_problems(job: Job) -> list[str]:
 
 def has_gpus(job: Job, kind: str) -> bool:
     """Whether the workers of this job get GPUs: as it says, else as its cluster's kind of capacity is."""
-    return job.resources.gpus_per_node is not None or kind == "gpu"
+    if kind == "gpu":
+        return True
+    return job.resources.gpus_per_node is not None
 
 
 def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:

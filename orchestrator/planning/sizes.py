@@ -24,11 +24,13 @@ class Memory:
     @property
     def total(self) -> int:
         """The bytes of all of them together."""
-        return self.weights + self.gradients + self.optimizer
+        of_training = self.gradients + self.optimizer
+        return self.weights + of_training
 
     def offloaded(self, moments: int) -> "Memory":
         """The same with moments of so many bytes on the host, where no copy of the weights is kept beside them."""
-        return Memory(self.weights, self.gradients, 0, moments)
+        on_device = (self.weights, self.gradients, 0)
+        return Memory(*on_device, moments)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
 
 def host_bytes() -> int:
     """The bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:

@@ -70,7 +70,8 @@ class SweepDriver:
 
     def run_id(self, trial: Trial) -> str:
         """The run id of a trial."""
-        return trial.run_id(self.sweep.name, self.written)
+        sweep = self.sweep.name
+        return trial.run_id(sweep, self.written)
 
     def look(self) -> tuple[FoundTrials, StatusByTrial]:
         """What the trials that were begun have come to, as their folders say."""

@@ -177,7 +177,9 @@ class SweepPlan(Rungs):
     def _is_waiting(self, progress: ProgressByTrial, trial: Trial, rung: int) -> bool:
         """Whether a trial waits at a rung, or soon behind it."""
         reached = progress[trial]
-        return reached.state == "paused" and rung <= reached.step < self.target(rung)
+        if reached.state != "paused":
+            return False
+        return rung <= reached.step < self.target(rung)
 
     def _race(self, progress: ProgressByTrial, finals: Sequence[Trial]) -> list[Trial]:
         """The trials of the lowest rung that is not judged yet; after the last one, the finals."""

@@ -44,7 +44,9 @@ class Rungs:
 
     def cost(self, step: int, rung: int) -> int:
         """The steps that it takes to go from one step up to a rung, and to be judged there."""
-        return rung - step + cool_down_steps(self.sweep.cool_down, rung, self.steps)
+        steps = rung - step
+        to_judge = cool_down_steps(self.sweep.cool_down, rung, self.steps)
+        return steps + to_judge
 
     def spent(self, trial: Trial, step: int) -> int:
         """The steps that a trial has taken up to one, with those of the rungs where it has paused."""

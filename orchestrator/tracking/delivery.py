@@ -1,11 +1,11 @@
 """Delivery of a run's rows to its one MLflow run: nothing twice, nothing lost, nothing different.
 
-What is sent is a function of the run folder alone (see history.py): a row goes out once, with the time at
-which it was written, so whoever sends it again (after a lost answer, or woken in the middle of a request) sends the
-same row, which MLflow ignores. Rows are read, then made durable, then the fence is checked, then they are sent. So
-every row that an attempt sends was in its file before it had a successor: it lies below the seal that the successor
-writes, and whoever reads the file later gets the same row. Each batch ends with a cursor as a tag of the MLflow run;
-the next attempt goes on from there, and an old cursor that comes late only costs a repetition.
+What is sent is a function of the run folder alone (see history.py): a row goes out once, with the time at which it
+was written, so whoever sends it again (after a lost answer, or woken in a request) sends the same row, which MLflow
+ignores. Rows are read, then made durable, then the fence is checked, then they are sent. So every row that an attempt
+sends was in its file before it had a successor: it lies below the seal that the successor writes, and whoever reads
+the file later gets the same row. Each batch ends with a cursor as a tag of the MLflow run; the next attempt goes on
+from there, and an old cursor that comes late only costs a repetition.
 """
 
 import json
@@ -145,15 +145,13 @@ class Delivery:
         mlflow_run_id = run.info.run_id
         self._fence()
         describe_run(self._client, self._run_dir, mlflow_run_id, here=self._ran_here())
-        if self._attempt.is_live() and self._says_status() and run.info.status != "RUNNING":
+        # Else somebody may have said meanwhile, in the same MLflow, that the run has ended.
+        says_status = self._leads or sqlite_file(self.uri) is not None
+        if says_status and self._attempt.is_live() and run.info.status != "RUNNING":
             self._client.update_run(mlflow_run_id, status="RUNNING")
         cursor = run.data.tags.get(CURSOR, "{}")
         self._outbox.go_on_from(json.loads(cursor))
         self._mlflow_run_id = mlflow_run_id
-
-    def _says_status(self) -> bool:
-        """Whether nobody else may have said meanwhile, in the same MLflow, that the run has ended."""
-        return self._leads or sqlite_file(self.uri) is not None
 
     @property
     def uri(self) -> str:
@@ -188,12 +186,13 @@ class Delivery:
             self._damage = damage
 
     def _read_spools(self) -> None:
+        own = self._attempt.number
         for file, reader in self._readers.items():
             compared = self._compared.get(file, 0)
             for row in reader.read():
                 self._outbox.add(file, row)
-                is_own = row.attempt == self._attempt.number
-                if row.again and is_own and row.index >= compared:
+                is_own = row.attempt == own
+                if is_own and row.again and row.index >= compared:
                     self._compare(row)
             self._compared[file] = max(compared, reader.count)
 
@@ -242,8 +241,9 @@ class Delivery:
         self._next_try = time.monotonic() + self._wait_s
 
     def _event(self, kind: str, **fields: Any) -> None:
-        if self._leads and self._attempt.is_live():
-            self._attempt.event(kind, **fields)
+        attempt = self._attempt
+        if self._leads and attempt.is_live():
+            attempt.event(kind, **fields)
 
     def _may_end(self) -> bool:
         """Whether this attempt leads the run, or is the last one of a run that is closed."""
@@ -255,7 +255,8 @@ class Delivery:
 
     def _check_may_end(self) -> None:
         if not self._may_end():
-            raise Fenced(f"{self._run_dir.name} goes on without attempt {self._attempt.number}")
+            run_id = self._run_dir.name
+            raise Fenced(f"{run_id} goes on without attempt {self._attempt.number}")
 
 
 def replay(run_dir: Path, timeout_s: float = 60.0) -> bool:

@@ -14,15 +14,17 @@ class Outbox:
     """The rows that wait, each with the file that it comes from."""
 
     def __init__(self) -> None:
+        waiting: deque[FileRow] = deque()
         self.cursor: dict[str, int] = {}
-        self._waiting: deque[FileRow] = deque()
+        self._waiting = waiting
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, file: str, row: AppendedRow) -> None:
         """Let a row wait behind all others."""
-        self._waiting.append((file, row))
+        waiting = (file, row)
+        self._waiting.append(waiting)
 
     def go_on_from(self, cursor: dict[str, int]) -> None:
         """Take over the cursor of an earlier attempt, and drop the rows that lie before it."""

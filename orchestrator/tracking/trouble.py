@@ -114,7 +114,9 @@ def trouble_of_run(run_dir: Path) -> Trouble | None:
 
 def trouble_in(record: Record) -> Trouble:
     """The trouble that a record of it tells of."""
-    return Trouble(record["lasting"], record["reason"], record["mend"])
+    lasting = record["lasting"]
+    reason = record["reason"]
+    return Trouble(lasting, reason, record["mend"])
 
 
 def _fix_of(error: BaseException) -> str | None:
@@ -154,7 +156,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_server(uri: str) -> bool:
-    return urlsplit(uri).scheme in ("http", "https")
+    scheme = urlsplit(uri).scheme
+    return scheme in ("http", "https")
 
 
 def _first_line(error: BaseException, uri: str) -> str:

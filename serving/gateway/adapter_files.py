@@ -76,8 +76,10 @@ def reading(read: Callable[[], Packed], hidden: str) -> Packed:
 def check_header(weights: bytes) -> None:
     """Raise AdapterRefused where the header of a file of safetensors is larger than any adapter's."""
     size = int.from_bytes(weights[:LENGTH_BYTES], "little")
-    if LENGTH_BYTES + size <= len(weights) and size > HEADER_BYTES:
-        raise AdapterRefused(f"weights: found a header of {size} bytes; allowed: {HEADER_BYTES}")
+    end = LENGTH_BYTES + size
+    if end <= len(weights) and size > HEADER_BYTES:
+        found = f"a header of {size} bytes"
+        raise AdapterRefused(f"weights: found {found}; allowed: {HEADER_BYTES}")
 
 
 def check_config(raw: bytes) -> None:

@@ -40,19 +40,23 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's /v1/completions: texts behind prompts."""
-        self.service.check_open()
+        service = self.service
+        service.check_open()
         tenant = self._tenant(request)
         body = parsed_completion(await self._body(request))
-        answers = await self.service.complete(tenant, body)
-        return await self._answer(request, answers, bool(body.stream), body.wants_usage)
+        answers = await service.complete(tenant, body)
+        is_streamed = bool(body.stream)
+        return await self._answer(request, answers, is_streamed, body.wants_usage)
 
     async def chat(self, request: Request) -> Response:
         """OpenAI's /v1/chat/completions: the next turn of a chat."""
-        self.service.check_open()
+        service = self.service
+        service.check_open()
         tenant = self._tenant(request)
         body = parsed_chat(await self._body(request))
-        answers = await self.service.chat(tenant, body)
-        return await self._answer(request, answers, bool(body.stream), body.wants_usage)
+        answers = await service.chat(tenant, body)
+        is_streamed = bool(body.stream)
+        return await self._answer(request, answers, is_streamed, body.wants_usage)
 
     async def models(self, request: Request) -> Response:
         """The base and the adapters that a tenant may use."""
@@ -85,9 +89,11 @@ class Routes:
 
     async def forget(self, request: Request) -> Response:
         """Forget an adapter of one's own; requests that are under way are answered still."""
+        service = self.service
         tenant = self._tenant(request)
-        adapter = await self.service.library.forget(tenant, request.path_params["name"])
-        self.service.metrics.forget(adapter.owner, adapter.name)
+        name = request.path_params["name"]
+        adapter = await service.library.forget(tenant, name)
+        service.metrics.forget(adapter.owner, adapter.name)
         return JSONResponse({"id": adapter.name, "object": "model", "deleted": True})
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002
@@ -208,7 +214,9 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def on_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refused(ApiRefusal(error.status_code, str(error.detail), "not_found"))
+        message = str(error.detail)
+        refusal = ApiRefusal(error.status_code, message, "not_found")
+        return refused(refusal)
 
     async def on_gone(_: Request, error: Exception) -> Response:  # noqa: ARG001
         return Response(status_code=499)  # nobody reads it; metrics count it

@@ -66,7 +66,9 @@ class Sampling(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with what was used."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        if self.stream_options is None:
+            return False
+        return self.stream_options.include_usage
 
 
 class CompletionBody(Sampling):

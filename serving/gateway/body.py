@@ -68,4 +68,5 @@ def _too_long(limit: int) -> ApiRefusal:
 
 
 def _too_slow(patience_s: float) -> ApiRefusal:
-    return ApiRefusal(408, f"body: allowed: {patience_s:.0f} s until it is there", "body_too_slow")
+    allowed = f"{patience_s:.0f} s until it is there"
+    return ApiRefusal(408, f"body: allowed: {allowed}", "body_too_slow")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -56,22 +57,26 @@ class EngineThread:
     def load_folder(self, name: str, folder: Path) -> Loaded:
         """Let a name mean the adapter of a folder, before `start`; raises AdapterRefused."""
         self.engine.load(name, folder)
-        return loaded_of(self.engine.pool.packed_of(name))
+        packed = self.engine.pool.packed_of(name)
+        return loaded_of(packed)
 
     async def load_files(self, name: str, files: AdapterFiles) -> Loaded:
         """Let a name mean an adapter that nobody has checked yet; raises AdapterRefused."""
+        engine = self.engine
         loop = asyncio.get_running_loop()
-        packed = await loop.run_in_executor(self._loader, read_files, self.engine.pool, files)
-        await self.call(lambda: self.engine.give(name, packed))
+        packed = await loop.run_in_executor(self._loader, read_files, engine.pool, files)
+        await self.call(lambda: engine.give(name, packed))
         return loaded_of(packed)
 
     async def unload(self, name: str) -> None:
         """Forget a name; what was asked with it is answered still."""
-        await self.call(lambda: self.engine.unload(name))
+        engine = self.engine
+        await self.call(lambda: engine.unload(name))
 
     async def resident(self) -> set[str]:
         """The digests of the adapters on the device."""
-        return await self.call(lambda: self.engine.pool.resident)
+        pool = self.engine.pool
+        return await self.call(lambda: pool.resident)
 
     async def call(self, function: Callable[[], Called]) -> Called:
         """What a function gives that the thread runs between two steps, or raises."""
@@ -105,7 +110,8 @@ class EngineThread:
 
     def cancel(self, stream: TokenStream) -> None:
         """Let a stream end as it is, whose reader has gone or has enough."""
-        self._tasks.put(lambda: self._cancel(stream))
+        task = partial(self._cancel, stream)
+        self._tasks.put(task)
 
     def _add(self, streams: list[TokenStream]) -> None:
         """Let requests wait, all or none; raises ApiRefusal."""
@@ -151,7 +157,9 @@ class EngineThread:
     @property
     def idle(self) -> bool:
         """Whether there is nothing that the engine could do."""
-        return self.broken or self.engine.scheduler.idle
+        if self.broken:
+            return True
+        return self.engine.scheduler.idle
 
     def _read_tasks(self) -> None:
         """Do what others want; where there is nothing else to do, wait for it a while."""
@@ -202,7 +210,8 @@ class EngineThread:
 
 def loaded_of(packed: Packed) -> Loaded:
     """What others know of an adapter on the host."""
-    return Loaded(packed.digest, packed.adapter.virtual)
+    virtual = packed.adapter.virtual
+    return Loaded(packed.digest, virtual)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, arrivals: list[Arrival]) -> None:

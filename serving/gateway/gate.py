@@ -64,4 +64,5 @@ def host_name(host: str) -> str:
 
 def refused(refusal: ApiRefusal) -> Response:
     """The response that says no."""
-    return JSONResponse(refusal.body(), refusal.status, refusal.headers())
+    body = refusal.body()
+    return JSONResponse(body, refusal.status, refusal.headers())

@@ -64,10 +64,12 @@ class Library:
 
     def share(self, name: str, folder: Path) -> Registered:
         """Register an adapter of the operator's, before the engine's thread starts; raises AdapterRefused."""
-        if not ADAPTER_NAME.fullmatch(name) or name == self.base_name:
+        is_taken = name == self.base_name
+        if is_taken or not ADAPTER_NAME.fullmatch(name):
             raise AdapterRefused(f"adapter: found the name {name!r}; allowed: letters, digits, dot, dash, underscore")
         loaded = self.answering.load_folder(f"/{name}", folder)
-        registered = Registered(name, "", loaded, int(time.time()))
+        since = int(time.time())
+        registered = Registered(name, "", loaded, since)
         self._by_key[registered.key] = registered
         return registered
 
@@ -119,7 +121,8 @@ class Library:
         resident = await self.answering.resident()
         found: list[tuple[str, str, bool]] = []
         for adapter in self._by_key.values():
-            found.append((adapter.owner, adapter.name, adapter.digest in resident))
+            is_resident = adapter.digest in resident
+            found.append((adapter.owner, adapter.name, is_resident))
         return found
 
     def holds(self, adapter: Registered) -> bool:
@@ -130,9 +133,15 @@ class Library:
         """Raise ApiRefusal where a tenant may not have one more adapter, of this name."""
         if not ADAPTER_NAME.fullmatch(name):
             raise invalid("name: allowed: up to 64 letters, digits, dots, dashes and underscores")
-        if name == self.base_name or (f"/{name}" in self._by_key and tenant.may_use(name)):
+        is_shared = f"/{name}" in self._by_key
+        is_taken = is_shared and tenant.may_use(name)
+        if is_taken or name == self.base_name:
             raise ApiRefusal(409, f"name: found {name}, which is a shared adapter's", "name_taken")
-        own = [adapter for adapter in self._by_key.values() if adapter.owner == tenant.name]
-        is_new = f"{tenant.name}/{name}" not in self._by_key
-        if is_new and len(own) >= tenant.uploads:
-            raise ApiRefusal(403, f"adapters: found {len(own)}; allowed: {tenant.uploads} of your own", "too_many")
+        if f"{tenant.name}/{name}" in self._by_key:
+            return
+        own = 0
+        for adapter in self._by_key.values():
+            own += adapter.owner == tenant.name
+        if own >= tenant.uploads:
+            message = f"adapters: found {own}; allowed: {tenant.uploads} of your own"
+            raise ApiRefusal(403, message, "too_many")

@@ -36,21 +36,27 @@ class Measured:
 
     def request(self, tenant: str, status: int) -> None:
         """Count a request that was answered or refused."""
-        self._requests.labels(tenant, str(status)).inc()
+        counter = self._requests.labels(tenant, str(status))
+        counter.inc()
 
     def answer(self, tenant: str, adapter: str, prompt: int, tokens: int, first_token_s: float | None) -> None:
         """Count the tokens of an answer, and how long its first one took."""
-        self._prompt.labels(tenant, adapter).inc(prompt)
-        self._answer.labels(tenant, adapter).inc(tokens)
-        if first_token_s is not None:
-            self._first.labels(tenant, adapter).inc(first_token_s)
-            self._answers.labels(tenant, adapter).inc()
-            self._waited.labels(tenant).observe(first_token_s)
+        of_adapter = (tenant, adapter)
+        self._prompt.labels(*of_adapter).inc(prompt)
+        self._answer.labels(*of_adapter).inc(tokens)
+        if first_token_s is None:
+            return
+        self._first.labels(*of_adapter).inc(first_token_s)
+        self._answers.labels(*of_adapter).inc()
+        waited = self._waited.labels(tenant)
+        waited.observe(first_token_s)
 
     def forget(self, owner: str, adapter: str) -> None:
         """Drop what is counted of an adapter that is gone, which its owner alone could use."""
-        for counter in (self._prompt, self._answer, self._first, self._answers):
-            counter.remove_by_labels({"tenant": owner, "adapter": adapter})
+        labels = {"tenant": owner, "adapter": adapter}
+        counters = (self._prompt, self._answer, self._first, self._answers)
+        for counter in counters:
+            counter.remove_by_labels(labels)
 
     def text(self, residency: Residency) -> bytes:
         """All of it, as Prometheus reads it."""
@@ -61,4 +67,5 @@ class Measured:
 
 
 def _counter(name: str, about: str, labels: tuple[str, ...], registry: CollectorRegistry) -> Counter:
-    return Counter(f"fleetune_{name}", about, labels, registry=registry)
+    full_name = f"fleetune_{name}"
+    return Counter(full_name, about, labels, registry=registry)

@@ -72,12 +72,13 @@ class TokenQuota:
         if self._tokens + tokens > self._kept:
             self._elsewhere = await self._read(day)
         used = self._elsewhere + self._tokens
+        left = max(0, self._quota - used)
         if used + tokens <= self._quota:
             return
-        left = max(0, self._quota - used)
-        tomorrow_s = (day + 1) * DAY_S - self._clock()
+        tomorrow = (day + 1) * DAY_S
+        seconds = tomorrow - self._clock()
         message = f"tokens: found a request for up to {tokens}; allowed: {left}, which is left of {self._quota} today"
-        raise ApiRefusal(429, message, "insufficient_quota", tomorrow_s)
+        raise ApiRefusal(429, message, "insufficient_quota", seconds)
 
     async def _read(self, day: int) -> int:
         """What is used of a day elsewhere; raises ApiRefusal where that cannot be known."""

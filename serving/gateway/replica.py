@@ -79,7 +79,8 @@ class EngineReplica:
 
     async def about(self) -> tuple[int, int]:
         """Positions of a sequence at most, and the id of this process."""
-        return self._thread.positions, os.getpid()
+        process = os.getpid()
+        return self._thread.positions, process
 
     def check_health(self) -> None:
         """Tell Ray Serve to start another one where the engine has failed."""

@@ -133,7 +133,10 @@ class Replicas:
 
     async def load(self, number: int, files: AdapterFiles) -> Loaded:
         """Give a replica the files of an adapter; raises AdapterRefused."""
-        return loaded_or_refused(await asyncio.wait_for(self.handles[number].load.remote(files), LOAD_S))
+        replica = self.handles[number]
+        loading = replica.load.remote(files)
+        answer = await asyncio.wait_for(loading, LOAD_S)
+        return loaded_or_refused(answer)
 
     def lose(self, number: int) -> None:
         """Send nothing to a replica until it answers again."""

@@ -19,8 +19,9 @@ class Usage:
 
     def to_json(self) -> JsonObject:
         """The same in the API's names."""
-        total = self.prompt + self.answer
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
+        counts = {"prompt_tokens": self.prompt, "completion_tokens": self.answer}
+        counts["total_tokens"] = self.prompt + self.answer
+        return counts
 
 
 class CompletionReply:
@@ -33,7 +34,9 @@ class CompletionReply:
     def __init__(self, model: str) -> None:
         """Reply in the name of a model."""
         random = uuid4().hex
-        self._head = {"id": self.prefix + random, "created": int(time.time()), "model": model}
+        name = f"{self.prefix}{random}"
+        now = int(time.time())
+        self._head = {"id": name, "created": now, "model": model}
 
     def choice(self, index: int, text: str, reason: str) -> JsonObject:
         """An answer that is whole."""
@@ -45,7 +48,9 @@ class CompletionReply:
 
     def whole(self, choices: list[JsonObject], usage: Usage) -> JsonObject:
         """The reply that is not streamed."""
-        return self._head | {"object": self.kind, "choices": choices, "usage": usage.to_json()}
+        body: JsonObject = {"object": self.kind, "choices": choices}
+        body["usage"] = usage.to_json()
+        return self._head | body
 
     def event(self, choices: list[JsonObject], usage: Usage | None = None) -> str:
         """An event of a stream."""

@@ -15,13 +15,19 @@ class Router:
 
     def __init__(self, replicas: int) -> None:
         self.loads = [0] * replicas  # answers under way
-        self._held: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(replicas)]
+        self._held: list[OrderedDict[str, None]] = []
+        for _ in range(replicas):
+            self._held.append(OrderedDict())
         self._down: set[int] = set()
 
     @property
     def up(self) -> list[int]:
         """The replicas that answer."""
-        return [number for number in range(len(self.loads)) if number not in self._down]
+        up = []
+        for number in range(len(self.loads)):
+            if number not in self._down:
+                up.append(number)
+        return up
 
     def choose(self, digest: str | None, avoided: Collection[int] = ()) -> int | None:
         """The replica for a request, which counts as its load until `done`; None where all are down or avoided."""
@@ -46,7 +52,11 @@ class Router:
 
     def holders(self, digest: str) -> list[int]:
         """The replicas that have an adapter, as far as is known."""
-        return [number for number in self.up if digest in self._held[number]]
+        holders = []
+        for number in self.up:
+            if digest in self._held[number]:
+                holders.append(number)
+        return holders
 
     def failed(self, number: int) -> None:
         """Say that a replica is gone, and what it had with it."""

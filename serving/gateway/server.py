@@ -68,7 +68,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """What uvicorn does ten times a second; here, once a second, connections are left that are idle."""
         if counter % TICKS == 0:
-            self._idle.look(list(self.server_state.connections), time.monotonic())  # type: ignore[arg-type]
+            connections = list(self.server_state.connections)
+            self._idle.look(connections, time.monotonic())  # type: ignore[arg-type]
         return await super().on_tick(counter)
 
     @property
@@ -118,7 +119,9 @@ def service_before(
 ) -> Service:
     """A service before engines that are up, with an operator's adapters; raises AdapterRefused."""
     base_name = name or Path(base).name
-    service = Service(answering, Codec(base), base_name, tenants, allowed or Allowed(), usage)
+    codec = Codec(base)
+    allowed = allowed or Allowed()
+    service = Service(answering, codec, base_name, tenants, allowed, usage)
     for adapter_name, folder in adapters.items():
         service.library.share(adapter_name, folder)
     return service

@@ -93,21 +93,25 @@ class Service:
         """The answers to a chat; raises ApiRefusal."""
         adapter = self.library.find(tenant, body.model)
         messages = [message.plain() for message in body.messages]
-        self._check_text("".join(message["content"] for message in messages))
+        contents = [message["content"] for message in messages]
+        self._check_text("".join(contents))
         prompt = await self.codec.encode_chat(messages)
         tokens = body.tokens
         if tokens is None:
             space = self.answering.positions - len(prompt)
             if adapter is not None:
                 space -= adapter.loaded.virtual
-            tokens = max(1, min(space, self.allowed.new_tokens))
-        return await self._begin(tenant, adapter, body, [prompt], tokens, ChatReply(body.model))
+            most = min(space, self.allowed.new_tokens)
+            tokens = max(1, most)
+        reply = ChatReply(body.model)
+        return await self._begin(tenant, adapter, body, [prompt], tokens, reply)
 
     def account(self, tenant: Tenant) -> Account:
         """What a tenant used."""
-        if tenant.name not in self._accounts:
-            self._accounts[tenant.name] = Account(tenant, self._usage)
-        return self._accounts[tenant.name]
+        name = tenant.name
+        if name not in self._accounts:
+            self._accounts[name] = Account(tenant, self._usage)
+        return self._accounts[name]
 
     async def settle_on(self) -> None:
         """Write down what is used of quotas now and then, until this is cancelled, and once more then."""
@@ -162,10 +166,8 @@ class Service:
         account = self.account(tenant)
         account.begin(count)
         self.under_way += count
-        reserved = 0
+        reserved = sum(map(_most_tokens, requests))
         try:
-            for request in requests:
-                reserved += len(request.prompt) + request.new_tokens
             day = await account.reserve(reserved)
             try:
                 streams = await self.answering.submit(requests)
@@ -185,7 +187,8 @@ class Service:
             self.under_way -= count
             self.metrics.under_way.set(self.under_way)
             account.end(count)
-            account.give_back(reserved - self._count(tenant, adapter, ended), day)
+            used = self._count(tenant, adapter, ended)
+            account.give_back(reserved - used, day)
 
         return OpenAnswers(answers, reply, body.choices, closed)
 
@@ -227,3 +230,9 @@ class Service:
             used += prompt + stream.count
             self.metrics.answer(tenant.name, name, prompt, stream.count, stream.first_token_s)
         return used
+
+
+def _most_tokens(request: Request) -> int:
+    """What a request uses at most: its prompt, and the longest answer that it may have."""
+    prompt = len(request.prompt)
+    return prompt + request.new_tokens

@@ -36,7 +36,8 @@ class Tenant(BaseModel):
 
     def may_use(self, name: str) -> bool:
         """Whether a shared adapter, or the base, is among those that it may use."""
-        return any(fnmatchcase(name, pattern) for pattern in self.adapters)
+        matches = [fnmatchcase(name, pattern) for pattern in self.adapters]
+        return any(matches)
 
 
 EVERYBODY = Tenant(name="local", adapters=["*"], uploads=10**6, answers_at_once=10**6, operator=True)

@@ -71,10 +71,11 @@ class Detokenizer:
 
     def push(self, tokens: list[int], last: bool = False) -> str:
         """The text that has become sure with these tokens; with the last ones, all that is left."""
+        decode = self._codec.decode
         self._ids += tokens
         pending = len(self._ids) - self._read
-        known = self._codec.decode(self._ids[self._first : self._read])
-        text = self._codec.decode(self._ids[self._first :])
+        known = decode(self._ids[self._first : self._read])
+        text = decode(self._ids[self._first :])
         incomplete = text.endswith(REPLACEMENT) and pending < PATIENCE
         if incomplete and not last:
             return ""

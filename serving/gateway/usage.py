@@ -64,8 +64,12 @@ class UsageFolder:
 
     def _files(self) -> list[Path]:
         """The files of all servers."""
-        names = list_names(self._folder)
-        return [self._folder / name for name in names if name.endswith(".json") and not name.startswith(".")]
+        files = []
+        for name in list_names(self._folder):
+            is_hidden = name.startswith(".")
+            if name.endswith(".json") and not is_hidden:
+                files.append(self._folder / name)
+        return files
 
 
 def tokens_in(path: Path, tokens: object, tenant: str) -> int:

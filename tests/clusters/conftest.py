@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clusters import entry, supervisor
+from clusters import entry, machine, supervisor
 from clusters import local as local_module
 from clusters import requeue as requeueing
 from clusters.local import Local
@@ -16,6 +16,7 @@ from clusters.local import Local
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     """A cluster with room for two workers, whose supervisor is ours to tick and whose controllers sleep."""
     monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 2))
+    monkeypatch.setattr(machine, "total_capacity", lambda: ("cpu", 2))
     monkeypatch.setattr(supervisor, "total_capacity", lambda: ("cpu", 2))
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(entry, "controller_command", lambda _: sleeper)

@@ -24,6 +24,7 @@ from clusters.first_node import reachable_address
 from clusters.job_start import JobStart
 from clusters.requeue import requeue
 from runfolder.chain import claim_next
+from runfolder.snapshot import snapshot
 
 pytestmark = pytest.mark.usefixtures("running")
 AWAY = 'echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
@@ -188,6 +189,29 @@ def test_controllers_that_make_no_attempt_give_the_nodes_back(
     assert keep_controller(start(run_dir, 0), AllocatedNodes([]), threading.Event(), ["true"]) == REQUEUE
     assert "5 controllers in a row made no attempt" in capsys.readouterr().out
     assert len(list(codes)) == 95
+
+
+def test_an_attempt_is_left_once_its_job_or_its_controller_is_started_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was lost, or its controller killed, so that nobody has said how it ended."""
+    start(run_dir, 0)
+    claim_next(run_dir, None)
+    assert not snapshot(run_dir).left
+    again = start(run_dir, 1)
+    assert snapshot(run_dir).left
+    seen = []
+
+    def controller(*_: object) -> int:
+        seen.append(snapshot(run_dir).left)
+        claim_next(run_dir, None)
+        return 0 if len(seen) == 2 else -9
+
+    monkeypatch.setattr(allocation, "run_controller", controller)
+    monkeypatch.setattr(allocation, "Backoff", ReadyAtOnce)
+    monkeypatch.setattr(AllocatedNodes, "settled_count", lambda _: 1)
+    assert keep_controller(again, AllocatedNodes([]), threading.Event(), ["true"]) == 0
+    assert seen == [True, True] and not snapshot(run_dir).left
 
 
 class ReadyAtOnce:

@@ -13,7 +13,7 @@ import pytest
 from local_cluster import entry, job, make_run_dir, running, serve, submit, text
 from waiting import until
 
-from clusters import environment, process, ray_head, ray_start
+from clusters import environment, machine, process, ray_head, ray_start
 from clusters import local as local_module
 from clusters.base import SubmissionRefused, Unreachable
 from clusters.entry import Queue, queued_run
@@ -23,6 +23,7 @@ from clusters.supervisor import Supervisor, fitting
 from runfolder import chain
 from runfolder.delivered import note_delivered
 from runfolder.requests import request_cancel
+from runfolder.snapshot import snapshot
 
 SUBMIT = (
     "import sys; from pathlib import Path;"
@@ -99,7 +100,7 @@ def test_a_reopened_run_stays_queued(tmp_path: Path) -> None:
 
 
 def test_nobody_overtakes_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "total_capacity", lambda: ("cpu", 4))
+    monkeypatch.setattr(machine, "total_capacity", lambda: ("cpu", 4))
     line = [entry("a", 2), entry("b", 3), entry("c", 1)]
     assert [e.run_id for e in fitting(line, 4)] == ["a"]
     assert [e.run_id for e in fitting(line, 6)] == ["a", "b", "c"]
@@ -138,12 +139,16 @@ def test_a_dead_controller_is_started_again_and_a_living_one_adopted(cluster: Lo
     submit(cluster, "two", 1)
     serve(cluster).tick()
     before = running(cluster)
+    folders = [cluster.site.root / "one", cluster.site.root / "two"]
+    for run_dir in folders:
+        chain.claim_next(run_dir, None)
     process.end(cluster.controller_lock("one"))
     process.reap()
     serve(cluster).tick()  # another supervisor, as after a kill
     after = running(cluster)
     assert after["two"] == before["two"]
     assert after["one"] != before["one"]
+    assert [snapshot(run_dir).left for run_dir in folders] == [True, False], "of which attempt the controller is gone"
 
 
 def test_a_cancelled_run_gets_its_controller_without_waiting(cluster: Local) -> None:

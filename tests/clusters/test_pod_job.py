@@ -48,6 +48,24 @@ from types import SimpleNamespace
 from runfolder import chain
 chain.close(Path(sys.argv[1]), {"state": "succeeded"})
 """
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from runfolder import chain
+chain.claim_next(Path(sys.argv[1]), None)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+LOOKS = """
+import sys
+from pathlib import Path
+from runfolder import chain
+from runfolder.files import list_names
+from runfolder.latest_start import is_left
+run_dir = Path(sys.argv[1])
+if is_left(chain.last_attempt(run_dir), list_names(run_dir)):
+    (run_dir / "left").touch()
+chain.close(run_dir, {"state": "succeeded"})
+"""
 HANGS = "import time; time.sleep(600)"
 FAILS = "import sys; sys.exit(1)"
 BROKEN = "import a_package_that_the_image_lacks"
@@ -322,6 +340,12 @@ def test_the_controller_is_started_until_the_run_has_its_result(run_dir: Path, c
     assert PodJob(begin_start(run_dir, NAME), Nodes(), 2).keep() == 0
     assert controllers.started == 3
     assert chain.result(run_dir) == RESULT
+
+
+def test_an_attempt_is_left_once_the_next_controller_starts(run_dir: Path, controllers: Controllers) -> None:
+    controllers.programs = [KILLED, LOOKS]
+    assert PodJob(begin_start(run_dir, NAME), Nodes(), 2).keep() == 0
+    assert (run_dir / "left").exists()
 
 
 def test_what_has_lost_a_pod_for_long_goes_to_a_new_cluster(

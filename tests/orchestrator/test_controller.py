@@ -13,11 +13,12 @@ import pytest
 import waiting
 from trapped import CAN_TRAP, WHY_NOT, trapped_cluster
 
+import fleetune
 from clusters import process
 from clusters.local import Local
 from orchestrator.submit import submit
 from runfolder.appended import read_lines
-from runfolder.chain import Attempt, attempts, result
+from runfolder.chain import Attempt, attempts, last_attempt, result
 from runfolder.files import Record
 from trainer.checkpoint.lineage import finished, step_of
 
@@ -110,6 +111,11 @@ def test_a_run_goes_on_whatever_is_killed(cluster: Local, start: Callable[..., P
 
     before = workers(run_dir, 2)
     kill(controller)
+    until(lambda: process.owner(cluster.controller_lock(name)) != controller)
+    states = []
+    while last_attempt(run_dir).number == 2:
+        states.append(fleetune.status(name).state)
+    assert "preempted" in states and "running" not in states, "nobody leads the run"
     until(lambda: not any(map(lives, before)), 60)
     until(lambda: saved(run_dir, 3))
     assert Attempt(run_dir, 2).verdict is None

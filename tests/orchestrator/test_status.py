@@ -23,6 +23,7 @@ from orchestrator.logs import LogReader
 from runfolder.chain import Attempt, claim_next, close
 from runfolder.delivered import note_delivered
 from runfolder.hindrance import note_hindrance
+from runfolder.latest_start import note_latest_start
 from runfolder.requests import cancel_requested, cancel_saves, request_cancel
 from runfolder.site import LocalSite
 from runfolder.snapshot import snapshot
@@ -131,6 +132,46 @@ def test_what_a_run_does_is_said_while_it_does_something(run: Path) -> None:
     assert late and late.doing.endswith("nobody delivers it: fleetune compare does")
     note_delivered(run, "a" * 32)
     assert doing(View("ended")) is None
+
+
+def test_a_run_whose_controller_was_killed_does_not_run(run: Path) -> None:
+    """Nobody wrote a verdict, and whoever goes on with the run has not claimed its attempt yet."""
+    running = View("running")
+    assert not snapshot(run).left
+    first = claim(run)
+    plan(first)
+    steps(first, 1, 30)
+    full = status.join_status(Standing(snapshot(run, in_full=True), running))
+    assert full.state == "running" and full.activity and full.remaining_s is not None
+    assert note_latest_start(run) == 1
+    left = status.join_status(Standing(snapshot(run, in_full=True), running))
+    assert (left.state, left.activity, left.remaining_s, left.step) == ("preempted", None, None, 30)
+    assert left.reason == "attempt 1 ended without a verdict, and the next one begins"
+    assert left.figures and left.figures.goodput.stalled > 0
+    second = claim(run, start=6)
+    assert status.join_status(Standing(snapshot(run), running)).state == "starting"
+    steps(second, 7, 8)
+    assert status.join_status(Standing(snapshot(run), running)).state == "running"
+
+
+def test_a_start_that_is_noted_before_the_first_attempt_leaves_none(run: Path) -> None:
+    note_latest_start(run)
+    assert not snapshot(run).left
+    assert status.join_status(Standing(snapshot(run), View("running"))).state == "starting"
+
+
+def test_a_silent_run_says_no_remaining_time_and_has_stalled(run: Path) -> None:
+    attempt = claim(run)
+    steps(attempt, 1, 30)  # long ago
+    begun = time.time() - 3600
+    attempt.append("events.jsonl", {"event": "plan", "time": begun, "steps": 100})
+    silent = status.join_status(Standing(snapshot(run, in_full=True), View("running")))
+    assert silent.state == "running" and silent.remaining_s is None
+    assert silent.figures and silent.figures.goodput.stalled == pytest.approx(3600, abs=60)
+    attempt.note_progress()
+    awake = status.join_status(Standing(snapshot(run, in_full=True), View("running")))
+    assert awake.remaining_s is not None
+    assert awake.figures and awake.figures.goodput.stalled == 0
 
 
 def test_a_run_that_is_about_to_succeed_is_not_preempted(run: Path) -> None:

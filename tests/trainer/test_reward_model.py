@@ -18,7 +18,7 @@ from orchestrator.planning.freeze import read_job
 from runfolder.chain import Attempt
 from runfolder.digests import changes, digests
 from serving.engine import Engine
-from trainer.reward_model import AdapterJudge, ModelJudge, judge_of, shares_base
+from trainer.reward_model import AdapterJudge, WholeModelJudge, judge_of, shares_base
 from trainer.rewards import RewardSample
 from trainer.rollouts import recorded_rollout
 
@@ -94,8 +94,8 @@ def test_one_of_another_base_or_a_whole_one_lies_beside(reward_model: Any, tiny_
     assert not shares_base(adapter, str(other)) and not shares_base(whole, str(tiny_base))
     on_base, beside = (Engine(str(place), residents=2, tokens=2048, positions=64) for place in (copy, other))
     own, judge = judge_of(adapter, str(copy), on_base), judge_of(adapter, str(other), beside)
-    assert isinstance(own, AdapterJudge) and isinstance(judge, ModelJudge)
-    assert isinstance(judge_of(whole, str(copy), on_base), ModelJudge)
+    assert isinstance(own, AdapterJudge) and isinstance(judge, WholeModelJudge)
+    assert isinstance(judge_of(whole, str(copy), on_base), WholeModelJudge)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     samples = []
     for prompt, written in (("1 + 2 =", " 3"), ("30 + 4 + 7 =", " 41"), ("9 =", " 12345678")):

@@ -114,12 +114,13 @@ class CheckpointReader:
         """Set what this rank holds of every trained or changed parameter of a model that has no engine yet."""
         changed = set(method.changed_frozen(model))
         for name, parameter in model.named_parameters():
-            saved = parameter.requires_grad or name in changed
-            held = held_piece(name, parameter) if saved else None
+            is_saved = parameter.requires_grad or name in changed
+            held = held_piece(name, parameter) if is_saved else None
             if held is not None:
+                start = held.start
                 weight = held.tensors[WEIGHT]
-                stop = held.start + len(weight)
-                weight.copy_(self.read(WEIGHT, name, held.start, stop))
+                stop = start + len(weight)
+                weight.copy_(self.read(WEIGHT, name, start, stop))
 
     def load_optimizer(self, sharded: ShardedModel) -> None:
         """Set the optimizer's state of what this rank holds, and the method's pieces."""

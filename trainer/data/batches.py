@@ -66,7 +66,8 @@ class Batches:
 
     def batch(self, k: int) -> GlobalBatch:
         """The examples of batch k, with their tokens."""
-        return GlobalBatch(self._examples, self.examples(k))
+        chosen = self.examples(k)
+        return GlobalBatch(self._examples, chosen)
 
     def examples(self, k: int) -> Indices:
         """The examples of batch k, in the order of the stream."""

@@ -104,7 +104,8 @@ def _common_beginning(first: "Document", second: "Document") -> int:
 
 def _placed(row: DocumentsOfRow, tokens: "Tokens", shared: Indices | None) -> Iterator[PlacedDocument]:
     """The documents of a row, with what they share."""
-    for number, skipped in zip(row, skipped_in(row, shared), strict=True):
+    skipped_in_row = skipped_in(row, shared)
+    for number, skipped in zip(row, skipped_in_row, strict=True):
         document = tokens.document(number)
         yield PlacedDocument(document, skipped)
 

@@ -62,11 +62,13 @@ class ControlTokens:
 
     def has_stand_in(self, text: str) -> bool:
         """Whether a text has a character that stands for a name where names are hidden."""
-        return max(text, default="") >= chr(_IN_DATA)
+        largest = max(text, default="")
+        return largest >= chr(_IN_DATA)
 
     def hide(self, text: str) -> str:
         """A text of the data with other characters in place of each name."""
-        return _replaced(self._name, self._hidden, text)
+        hidden = self._hidden
+        return _replaced(self._name, hidden, text)
 
     def read(self, text: str, *, add_special_tokens: bool, where: str) -> IdsAndOffsets:
         """Ids and offsets of a text with hidden names, which are read as text; all other names are special tokens.

@@ -26,8 +26,7 @@ class Preference:
     """The two answers of a row, each as a row of its own: the chosen one first.
 
     Of an answer that was judged, the other one is a neighbour's answer to the same prompt, which is not learned.
-    `margin` is by how much the chosen answer is to lead; `left_out` says why nothing can be learned; `part` numbers
-    the pairs of one row.
+    `margin`: by how much the chosen answer is to lead; `left_out`: why nothing is learned; `part`: which pair it is.
     """
 
     number: int
@@ -200,7 +199,8 @@ def _pair_of_chats(record: ShapedRecord, names: PairOfColumns) -> Preference:
 
 def _last_turn(record: ShapedRecord, turns: Messages) -> Row:
     """A chat of which the last turn is learned."""
-    return Row(record.number, "", "", turns, only_last=True)
+    number = record.number
+    return Row(number, "", "", turns, only_last=True)
 
 
 def _chat(record: ShapedRecord, column: str) -> Messages:

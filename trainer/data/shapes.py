@@ -28,7 +28,8 @@ class RowShape:
     @property
     def is_chat(self) -> bool:
         """Whether its only column has the turns of a chat."""
-        return self.columns in (("messages",), ("conversations",))
+        of_chats = (("messages",), ("conversations",))
+        return self.columns in of_chats
 
     @property
     def all_columns(self) -> set[str]:
@@ -84,7 +85,8 @@ class RowFamily:
         return None
 
     def __str__(self) -> str:
-        return " | ".join(map(str, self.shapes))
+        texts = map(str, self.shapes)
+        return " | ".join(texts)
 
 
 _PROMPT = "{system}{context}{prompt}"
@@ -124,7 +126,8 @@ JUDGED = RowFamily(
 
 def answered_by(column: str) -> RowShape:
     """The shape of a prompt and the answer in a column."""
-    return RowShape(("prompt", column), _PROMPT, f"{{{column}}}", _BESIDE_PROMPT)
+    answer = f"{{{column}}}"
+    return RowShape(("prompt", column), _PROMPT, answer, _BESIDE_PROMPT)
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:

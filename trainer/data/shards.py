@@ -208,7 +208,8 @@ class _Cache(Generic[ChunkT]):
 
     def path(self, number: int) -> Path:
         """Where a shard of this number lies."""
-        return self.folder / f"{number:05}.arrow"
+        name = f"{number:05}.arrow"
+        return self.folder / name
 
 
 def _count_rows(shards: Iterable[Shard]) -> int:
@@ -256,7 +257,8 @@ def _arrow_array(array: Array) -> pa.Array:
     """A numpy array as Arrow has it. The conversions of Arrow itself would import pandas: 0.4 s in every worker."""
     type_ = pa.from_numpy_dtype(array.dtype)
     content = np.ascontiguousarray(array)
-    return pa.Array.from_buffers(type_, len(array), [None, pa.py_buffer(content)])
+    buffers = [None, pa.py_buffer(content)]  # the first would say which values are missing
+    return pa.Array.from_buffers(type_, len(array), buffers)
 
 
 def _numpy_array(array: pa.Array) -> Array:
@@ -267,9 +269,7 @@ def _numpy_array(array: pa.Array) -> Array:
 
 def _map_shard(path: Path) -> Shard | None:
     """Map a shard; None when it is missing or damaged."""
-    if not path.exists():
-        return None
-    if path.stat().st_size <= _HASH_BYTES:
+    if not path.exists() or path.stat().st_size <= _HASH_BYTES:
         return None
     with pa.memory_map(str(path)) as file:
         content = file.read_buffer()

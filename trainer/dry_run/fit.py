@@ -34,7 +34,8 @@ class Forecast:
     @property
     def allocated(self) -> int:
         """The bytes of all parts together, as measurements correct them."""
-        return int(self.factor * sum(self.parts.values()))
+        together = sum(self.parts.values())
+        return int(self.factor * together)
 
     def needed(self, workers: int) -> int:
         """The bytes that a device should have."""

@@ -23,7 +23,8 @@ LIKE_LORA = ("rank", "alpha", "dropout", "target", "exclude")  # options of QLoR
 
 def is_in_4_bits(job: Job, config: BaseConfig) -> bool:
     """Whether a job's base has its linear layers in 4 bits."""
-    return job.method.quantises or "quantization_config" in config
+    has_them_quantised = "quantization_config" in config
+    return has_them_quantised or job.method.quantises
 
 
 def in_16_bits(job: Job, config: BaseConfig) -> tuple[Job, BaseConfig]:

@@ -54,7 +54,8 @@ def fast_kernels(
 
 def unread_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> Tensor:  # noqa: ARG001
     """What the kernel of losses gives, which leaves gradients in the place of logits."""
-    return torch.empty(len(label_C), dtype=torch.float32)
+    labels = len(label_C)
+    return torch.empty(labels, dtype=torch.float32)
 
 
 class LayerTracer:

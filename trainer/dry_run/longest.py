@@ -91,6 +91,7 @@ def _micro_batches_of(job: Job, batch: GlobalBatch, in_one_row: bool) -> list[Mi
 def _drawn(job: Job, examples: Examples, generator: np.random.Generator) -> GlobalBatch:
     """A global batch of the job's size, with examples drawn at random."""
     mean = float(examples.lengths.mean())
-    count = max(1, int(job.train.batch_tokens / mean))
+    wanted = int(job.train.batch_tokens / mean)
+    count = max(1, wanted)
     chosen = generator.integers(len(examples), size=count)
     return GlobalBatch(examples, chosen)

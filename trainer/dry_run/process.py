@@ -26,7 +26,8 @@ class DryRunFailed(Exception):
 
 def can_dry_run() -> bool:
     """Whether what a dry run imports is installed here."""
-    return all(map(importlib.util.find_spec, _IMPORTED))
+    found = map(importlib.util.find_spec, _IMPORTED)
+    return all(found)
 
 
 class DryRunner:

@@ -69,8 +69,9 @@ def stand_ins(position_BT: PositionIds, stage: int) -> Iterator[None]:
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     """Attention whose boolean mask becomes a bias that takes no memory: a CPU keeps one for each layer."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
+        shape = attn_mask.shape
         single = query.new_empty(1)
-        attn_mask = single.expand(attn_mask.shape)
+        attn_mask = single.expand(shape)
     return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
 
 
@@ -83,8 +84,10 @@ def _known_positions(position_BT: PositionIds) -> Iterator[None]:
 
     def known(_: Tensor, group: int, shift: int) -> TokenRuns:
         with unset_fake_temporarily():
-            runs = cut(torch.from_numpy(position_BT), group, shift)
-        cells = torch.empty(runs.cell_N.shape, dtype=torch.long)
+            positions = torch.from_numpy(position_BT)
+            runs = cut(positions, group, shift)
+        shape = runs.cell_N.shape
+        cells = torch.empty(shape, dtype=torch.long)
         return TokenRuns(cells, runs.count, runs.longest)
 
     with patch.object(TokenRuns, "cut", known):

@@ -55,4 +55,5 @@ def _gathered(weights: Weights) -> int:
     """Bytes of weights that stay gathered, at most."""
     trained = min(weights.trained, LIVE)
     frozen = min(weights.frozen, LIVE - trained)
-    return trained * FP32 + frozen * weights.element
+    frozen_bytes = frozen * weights.element
+    return frozen_bytes + trained * FP32

@@ -72,8 +72,10 @@ branch_attention_backward.register_fake(like_gradients)
 
 
 def _branches_backward(ctx: Any, slope_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = branch_attention_backward(slope_NHD, *ctx.saved_tensors, ctx.longest, ctx.scale)
-    return (*gradients, None, None, None, None, None)
+    saved = ctx.saved_tensors
+    gradients = branch_attention_backward(slope_NHD, *saved, ctx.longest, ctx.scale)
+    without_gradient = (None,) * 5
+    return (*gradients, *without_gradient)
 
 
 branch_attention.register_autograd(_branches_backward, setup_context=keep_for_backward)

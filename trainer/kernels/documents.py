@@ -34,7 +34,8 @@ def document_attention(
     query_NHD: Tensor, key_NHD: Tensor, value_NHD: Tensor, starts_S: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention [N, H, D] within documents of at most `longest` tokens, and the logarithms of its sums."""
-    return flash_attention(query_NHD, key_NHD, value_NHD, starts_S, starts_S, longest, scale)
+    key_starts_S = starts_S  # each document is its own prompt
+    return flash_attention(query_NHD, key_NHD, value_NHD, starts_S, key_starts_S, longest, scale)
 
 
 document_attention.register_fake(like_attention)
@@ -154,7 +155,8 @@ def tell_documents(decoder: Module, longest: int) -> torch.utils.hooks.Removable
         if starts_S is None:
             return None
         # transformers hands a mask of four dimensions on as it is, and so makes none of T x T.
-        unread = starts_S.new_zeros(1, 1, 1, UNREAD)
+        size = (1, 1, 1, UNREAD)
+        unread = starts_S.new_zeros(size)
         told = {"attention_mask": unread, "starts": starts_S, "longest": longest}  # others are handed on as they are
         return args, kwargs | told
 

@@ -93,7 +93,8 @@ def like_attention(query_NHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Tensors like those that attention gives."""
     tokens, heads, _size = query_NHD.shape
     sums_HN = query_NHD.new_empty(heads, tokens, dtype=torch.float32)
-    return torch.empty_like(query_NHD, memory_format=torch.contiguous_format), sums_HN
+    attended_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
+    return attended_NHD, sums_HN
 
 
 def like_gradients(

@@ -134,9 +134,12 @@ def _narrow_product_of(hidden: Node) -> Node | None:
 
 def _multiplies_by_a(node: Node) -> bool:
     """Whether a node multiplies by a weight [R, F] that is trained and given to the graph, and its rank small."""
-    if not is_product(node) or not is_given(node.args[1]):
+    if not is_product(node):
         return False
-    weight = traced(node.args[1])
+    factor = node.args[1]
+    if not is_given(factor):
+        return False
+    weight = traced(factor)
     return weight.requires_grad and len(weight) <= LARGEST_GATE_RANK
 
 
@@ -147,11 +150,17 @@ def _before_casts(value: Any) -> Any:
 
 
 def _is_cast(value: Any) -> bool:
-    return isinstance(value, Node) and value.op == "call_method" and value.target == "to"
+    if not isinstance(value, Node):
+        return False
+    is_method: bool = value.op == "call_method"
+    return is_method and value.target == "to"
 
 
 def _calls(value: Any, function: Any) -> bool:
-    return isinstance(value, Node) and value.op == "call_function" and value.target is function
+    if not isinstance(value, Node):
+        return False
+    is_call: bool = value.op == "call_function"
+    return is_call and value.target is function
 
 
 def _dtype(node: Node) -> torch.dtype:

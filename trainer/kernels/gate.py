@@ -63,8 +63,10 @@ def _gated_shapes(tensors: list[Tensor], following: Tensor | None) -> tuple[Tens
 
 def _sums(sides: Sides) -> tuple[Tensor, Tensor]:
     """base + B a of gate and up, fp32."""
-    gate_sum = _sum(sides.gate, sides.narrow_gate, sides.wide_gate)
-    up_sum = _sum(sides.up, sides.narrow_up, sides.wide_up)
+    gate = (sides.gate, sides.narrow_gate, sides.wide_gate)
+    up = (sides.up, sides.narrow_up, sides.wide_up)
+    gate_sum = _sum(*gate)
+    up_sum = _sum(*up)
     return gate_sum, up_sum
 
 
@@ -78,7 +80,9 @@ def _sum(base: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
 
 def _with_share(value: Tensor, share: Tensor | None) -> Tensor:
     """A value times each output's share, where there are shares."""
-    return value if share is None else share * value
+    if share is None:
+        return value
+    return share * value
 
 
 def _slope_of_share(slope: Tensor, value: Tensor) -> Tensor:
@@ -132,10 +136,13 @@ def _slope_shapes(
     _following: Tensor | None,
 ) -> list[Tensor]:
     sides = Sides(*tensors)
-    shapes = [sides.gate, sides.up, sides.gate]
+    like = [sides.gate, sides.up, sides.gate]
     if sides.share_gate is not None and sides.share_up is not None:
-        shapes += [sides.share_gate, sides.share_up]
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in shapes]
+        like += [sides.share_gate, sides.share_up]
+    slopes = []
+    for tensor in like:
+        slopes.append(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    return slopes
 
 
 def _keep_inputs(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001

@@ -238,7 +238,9 @@ def _laid_out(sides: Sides) -> Sides:
 def _rows_of(narrow: Tensor) -> Tensor:
     """Narrow products [B, T, R] as [N, R]."""
     narrow_NR = narrow.flatten(0, -2)
-    return narrow_NR if narrow_NR.stride(1) == 1 else narrow_NR.contiguous()
+    if narrow_NR.stride(1) == 1:
+        return narrow_NR
+    return narrow_NR.contiguous()
 
 
 def _tokens_and_outputs(value: Tensor) -> tuple[int, int]:
@@ -249,7 +251,10 @@ def _tokens_and_outputs(value: Tensor) -> tuple[int, int]:
 
 def _columns(tokens: int, outputs: int, tiling: Tiling) -> tuple[int, int]:
     """How many columns of tiles there are, side by side and below one another."""
-    return triton.cdiv(outputs, tiling["OUTPUTS"]), triton.cdiv(tokens, tiling["TOKENS"] * tiling["TILES"])
+    side_by_side = triton.cdiv(outputs, tiling["OUTPUTS"])
+    column_tokens = tiling["TOKENS"] * tiling["TILES"]
+    below = triton.cdiv(tokens, column_tokens)
+    return side_by_side, below
 
 
 def _rank_of_tiles(ranks: tuple[int, ...]) -> int:
@@ -279,5 +284,8 @@ def _shared_memory(device: int) -> int:
 def _shared_bytes(outputs: int, stages: int, rank: int, itemsize: int) -> int:
     """What a program takes: three weights, and three values and products of each tile that is read ahead."""
     ahead = max(1, stages - 1)
-    elements = 3 * rank * outputs + 3 * ahead * COLUMN["TOKENS"] * (outputs + rank)
+    tokens = COLUMN["TOKENS"]
+    weights = rank * outputs
+    read_ahead = ahead * tokens * (outputs + rank)
+    elements = 3 * weights + 3 * read_ahead
     return elements * itemsize + RESERVED

@@ -121,7 +121,8 @@ class Objective(ABC):
 
     def export(self, model: Any, weights: Tensors, folder: Path) -> None:
         """Write what the method leaves, from whole weights by name, and what is the objective's own."""
-        self.method.export(model, weights, folder)
+        write = self.method.export
+        write(model, weights, folder)
 
     def rollout(self, model: nn.Module, batch: GlobalBatch, step: int) -> Arrays:
         """What the model writes for a batch; every rank calls it, and gets the same. Steps count from 1; 0: held out.
@@ -184,7 +185,8 @@ class Objective(ABC):
 
         `batch` has, beside what `arrays` made, `document_labels` [documents]: how many labels each document has.
         """
-        return self.loss(model, batch, totals, prelude)
+        shares = self.loss
+        return shares(model, batch, totals, prelude)
 
     def summary(self, metrics: dict[str, float]) -> dict[str, float]:
         """What is said of held-out rows, from the sums of what `judge` gave, over the totals."""

@@ -55,7 +55,8 @@ class MomentChunk:
     @property
     def is_live(self) -> bool:
         """Whether a part of it is."""
-        return any(part.is_live for part in self.parts)
+        live = [part.is_live for part in self.parts]
+        return any(live)
 
 
 class ChunkedAdamW:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.cuda import Event, Stream
 
 BUFFERS = 3  # chunks that are on the device at a time: one comes, one is worked on, one goes
 
@@ -31,10 +32,10 @@ class Lanes:
     """Two streams of a GPU, in one of which chunks come while they go in the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self._incoming = torch.cuda.Stream(device)
-        self._outgoing = torch.cuda.Stream(device)
-        self._gone: dict[int, torch.cuda.Event] = {}  # by buffer
-        self._last: torch.cuda.Event | None = None
+        self._incoming = Stream(device)
+        self._outgoing = Stream(device)
+        self._gone: dict[int, Event] = {}  # by buffer
+        self._last: Event | None = None
 
     def begin(self) -> None:
         """Let nothing come before what is under way, which may use the buffers' memory."""
@@ -75,6 +76,8 @@ class Lanes:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     """Copy rows from or to longer ones; each by itself, as only a whole piece of memory goes without a wait."""
-    for row, copied in zip(source, target, strict=True):
+    pairs = zip(source, target, strict=True)
+    for row, copied in pairs:
         length = min(len(row), len(copied))
-        copied[:length].copy_(row[:length], non_blocking=True)
+        begin = copied[:length]
+        begin.copy_(row[:length], non_blocking=True)

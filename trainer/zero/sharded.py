@@ -75,7 +75,8 @@ class ShardedModel:
     @property
     def is_fused(self) -> bool:
         """Whether the optimizer's step is one kernel, which wants scalars of its state on the device."""
-        return bool(self.optimizer.defaults.get("fused"))
+        defaults = self.optimizer.defaults
+        return bool(defaults.get("fused"))
 
     def fragments(self) -> Sequence[OwnedFragment]:
         """The fragments of trained parameters that this rank holds."""
