@@ -121,8 +121,7 @@ def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
     for owner, function, part in (
         (rollouts, "rolled_out", "rollout"),
         (GroupWriter, "load", "adapter"),
-        (Engine, "generate", "write"),
-        (Engine, "log_likelihoods", "score"),
+        (Engine, "answered", "write"),
         (FunctionReward, "judge", "reward"),
     ):
         parts.time(owner, function, part)
@@ -185,7 +184,7 @@ def seconds(measured: list[dict[str, float]]) -> dict[str, Any]:
     """The median step, and which share of it each part takes; generation is all but the reward and the update."""
     of_step = statistics.median(row["step"] for row in measured)
     shares = {}
-    for part in ("adapter", "write", "score", "reward"):
+    for part in ("adapter", "write", "reward"):
         shares[part] = round(statistics.median(row[part] / row["step"] for row in measured), 4)
     shares["update"] = round(statistics.median(1 - row["rollout"] / row["step"] for row in measured), 4)
     generation = statistics.median((row["rollout"] - row["reward"]) / row["step"] for row in measured)
@@ -236,13 +235,15 @@ def memory_figures(run: Any) -> dict[str, Any]:
 
 def grpo_table(rows: list[dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    head = "| row | step s | generation | write | score | reward | update | nats apart | base moved | memory / base |"
+    head = (
+        "| row | step s | generation | adapter | write | reward | update | nats apart | base moved | memory / base |"
+    )
     lines = [head, "|---" * 10 + "|"]
     for row in rows:
         if "error" in row:
             lines.append(f"| {row['row']} | {row['error']} |" + " |" * 8)
             continue
-        shares = " | ".join(f"{row['shares'][part]:.1%}" for part in ("write", "score", "reward", "update"))
+        shares = " | ".join(f"{row['shares'][part]:.1%}" for part in ("adapter", "write", "reward", "update"))
         moved = row["bytes_of_base_moved"] + row["bytes_of_second_base"]
         memory = row.get("of_base_beside_cache", "no GPU")
         lines.append(

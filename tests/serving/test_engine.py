@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -9,6 +10,7 @@ import pytest
 import torch
 from adapters import Exported, export, loaded
 
+from serving.cache import PAGE
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
 from serving.sampler import noise
@@ -169,3 +171,62 @@ def test_more_texts_than_rows_are_scored_in_turn(base: Path) -> None:
     found = engine_of(base, rows=2).log_likelihoods(texts, [20] * 5)  # each is done in the pass that reads it
     for scores, alone in zip(found, expected, strict=True):
         assert scores == pytest.approx(alone, abs=1e-4)
+
+
+def rows_computed(engine: Engine, asked: list[Request]) -> int:
+    """The rows that an engine computes for requests, prompts and answers together."""
+    counts = []
+    plain = engine.forward.run
+
+    def counted(chosen: object, id_T: torch.Tensor) -> object:
+        counts.append(len(id_T))
+        return plain(chosen, id_T)  # type: ignore[arg-type]
+
+    engine.forward.run = counted  # type: ignore[assignment, method-assign]
+    engine.generate(asked)
+    engine.forward.run = plain  # type: ignore[method-assign]
+    return sum(counts)
+
+
+def test_equal_beginnings_are_computed_once_for_each_adapter_and_tenant(
+    base: Path, exported: dict[str, Exported]
+) -> None:
+    prompt = tuple((7 * i + 3) % 320 for i in range(2 * PAGE + 5))
+    begun = [Request((*prompt, last), "lora", new_tokens=1) for last in (9, 10, 11)]
+    engine = engine_of(base)
+    for name in ("lora", "dora"):
+        engine.load(name, exported[name].folder)
+    assert rows_computed(engine, begun) == len(prompt) + 1 + 2 * (5 + 1)  # together, and the first of them whole
+    assert rows_computed(engine, begun[:1]) == 5 + 1  # long after it has ended
+    others = [replace(begun[0], adapter="dora"), replace(begun[0], adapter=None), replace(begun[0], tenant="else")]
+    for other in others:
+        assert rows_computed(engine, [other]) == len(prompt) + 1
+    engine.load("lora", export(base, "lora", exported["lora"].folder.parent / "anew", seed=5).folder)
+    assert rows_computed(engine, begun[:1]) == len(prompt) + 1
+    assert engine.cache.free_pages == engine.cache.pages - 1
+
+
+def test_shared_beginnings_change_no_answer_and_give_way_where_pages_are_few(base: Path) -> None:
+    prompts = [tuple((k * i + 3) % 320 for i in range(40)) for k in (3, 3, 5, 3, 7, 5)]
+    asked = [
+        Request((*prompt, 4 * number), new_tokens=5, temperature=1.0, seed=number, scores_answer=True)
+        for number, prompt in enumerate(prompts)
+    ]
+    alone = [engine_of(base).answered([request])[0] for request in asked]
+    for tokens in (1024, 64):  # room for all, and for one sequence
+        engine = engine_of(base, tokens=tokens, positions=64)
+        for _ in range(2):
+            for found, expected in zip(engine.answered(asked), alone, strict=True):
+                assert found.answer == expected.answer
+                assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+        assert engine.cache.free_pages == engine.cache.pages - 1
+
+
+def test_scores_of_an_answer_are_those_of_its_tokens_in_the_prompt(base: Path) -> None:
+    engine = engine_of(base)
+    for limits in ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 5}):
+        (written,) = engine.answered([Request(PROMPT, new_tokens=6, seed=3, scores_answer=True, **limits)])
+        whole = Request((*PROMPT, *written.answer), temperature=limits["temperature"])
+        (expected,) = engine.log_likelihoods([whole], [len(PROMPT)])
+        assert written.scores == pytest.approx(expected, abs=1e-4)
+    assert engine.answered([Request(PROMPT, new_tokens=2)])[0].scores == []

@@ -78,3 +78,14 @@ def test_no_input_is_counted_twice_where_programs_share_them(tmp_path: Path) -> 
     plain, fast = pair(base, {"wide": export(base, "wide", tmp_path / "wide")})
     asked = [Request(PROMPT[: 3 + row], "wide", new_tokens=24) for row in range(16)]
     assert fast.generate(asked) == plain.generate(asked)
+
+
+def test_draws_over_the_whole_vocabulary_are_those_of_the_cpu(base: Path, exported: dict[str, Exported]) -> None:
+    plain, fast = pair(base, exported)
+    asked = [
+        Request(PROMPT[: 3 + row], name, new_tokens=6, temperature=0.5 + row % 3, seed=row, scores_answer=True)
+        for row, name in enumerate(NAMES)
+    ]
+    for found, expected in zip(fast.answered(asked), plain.answered(asked), strict=True):
+        assert found.answer == expected.answer
+        assert found.scores == pytest.approx(expected.scores, abs=1e-3)

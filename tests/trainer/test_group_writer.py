@@ -11,6 +11,7 @@ from methods.options import KINDS
 from methods.registry import create
 from runfolder.group_objectives import GroupOptions
 from trainer.group_writer import AskedAnswer, GroupWriter, WrittenAnswer
+from trainer.writing_size import cached_tokens
 
 ENDS = (1,)
 TEMPERATURE = 1.5
@@ -74,3 +75,10 @@ def test_a_base_in_16_bits_has_an_adapter_in_32() -> None:
     written = writer.write(ASKED, ENDS, TEMPERATURE)
     with torch.autocast("cpu", torch.bfloat16):
         assert furthest(model, written) < 0.2
+
+
+def test_caches_hold_all_answers_of_a_step_unless_that_takes_too_much() -> None:
+    assert cached_tokens(positions=100, bytes_of_token=1) == 51_200  # 512 answers
+    assert cached_tokens(positions=2048, bytes_of_token=1) == 196_608
+    assert cached_tokens(positions=2048, bytes_of_token=2**17) == 65_536  # 8 GiB
+    assert cached_tokens(positions=2048, bytes_of_token=2**30) == 4096  # two answers
