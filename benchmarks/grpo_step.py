@@ -235,9 +235,7 @@ def memory_figures(run: Any) -> dict[str, Any]:
 
 def grpo_table(rows: list[dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    head = (
-        "| row | step s | generation | adapter | write | reward | update | nats apart | base moved | memory / base |"
-    )
+    head = "| row | step s | generation | adapter | write | reward | update | apart | base moved | memory / base |"
     lines = [head, "|---" * 10 + "|"]
     for row in rows:
         if "error" in row:
