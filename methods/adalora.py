@@ -39,6 +39,8 @@ RANK_OFFSET = 1e-5  # that PEFT adds to the rank in the update's scale
 class AdaLoraTuning(PeftAdapter[AdaLora]):
     """Low-rank updates that share a budget of ranks; M modules of initial rank R."""
 
+    config_is_fixed = False  # it has the ranks that are left
+
     def __init__(self, options: AdaLora, setup: Setup) -> None:
         super().__init__(options, setup)
         steps = setup.steps

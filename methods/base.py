@@ -186,6 +186,8 @@ class Method(Generic[O]):
 
     new_tokens = range(0)  # ids that the base had no embedding for; it has one before `attach`, to be trained
 
+    config_is_fixed = False  # of what `export` writes, nothing but the weights changes while a model trains
+
     reduces = False  # at ZeRO 0 `gradients` finds each rank's own share, and sums over ranks what it wants
 
     def __init__(self, options: O, setup: Setup) -> None:

@@ -17,6 +17,7 @@ from methods.parts.peft_adapter import base_under
 from serving.engine import Engine
 from serving.sequence import Request
 from trainer.generation import cache_bytes
+from trainer.renewed_export import RenewedExport
 from trainer.reward_model import FACTORS
 from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
@@ -61,6 +62,9 @@ class GroupWriter:
         if judge is not None and (judge / FACTORS).exists():
             adapter_bytes += 2 * (judge / FACTORS).stat().st_size
             residents = 2
+        self._scratch = tempfile.TemporaryDirectory()
+        folder = Path(self._scratch.name) / "adapter"
+        self._export = RenewedExport(method, model, folder)
         base = base_under(model)
         of_token, _ = cache_bytes(base.config, base.dtype.itemsize)
         self.engine = Engine(
@@ -79,10 +83,8 @@ class GroupWriter:
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad or name in changed:
                 weights[name] = parameter.detach().to("cpu", copy=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "adapter"
-            self._method.export(self._model, weights, folder)
-            return self.engine.load(TRAINED, folder)
+        self._export.write(weights)
+        return self.engine.load(TRAINED, self._export.folder)
 
     def write(
         self,

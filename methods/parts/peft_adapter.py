@@ -19,6 +19,8 @@ T = TypeVar("T", bound=ModuleOptions)
 class PeftAdapter(Method[T]):
     """A method that PEFT has; `peft_config` says which one, and with which options."""
 
+    config_is_fixed = True
+
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """PEFT's description of the adapter, for the modules of these names."""
         raise NotImplementedError
