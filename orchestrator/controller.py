@@ -70,7 +70,9 @@ def take_secrets(run_dir: Path) -> None:
 def take_further(run_dir: Path) -> int:
     """Make the next attempt of a run, or close it, and deliver what there is then; gives the exit code."""
     code = advance(run_dir, threading.Event())
-    return deliver_rest(run_dir) if code is None else code
+    if code is not None:
+        return code
+    return deliver_rest(run_dir)
 
 
 def advance(run_dir: Path, told: threading.Event) -> int | None:

@@ -33,8 +33,11 @@ def forwarding(cluster: str, address: str) -> str:
 def _kubectl(config: KubernetesConfig, place: str) -> str:
     """How kubectl brings the Service of a place NAME.NAMESPACE.svc:PORT here."""
     host, _, port = place.partition(":")
-    name = host.partition(".")[0]
-    words = ["kubectl", "-n", config.namespace, "port-forward", f"service/{name}", f"{LAPTOP_PORT}:{port}"]
+    name, _, _ = host.partition(".")
+    service = f"service/{name}"
+    ports = f"{LAPTOP_PORT}:{port}"
+    words = ["kubectl"]
     if config.context:
-        words[1:1] = ["--context", config.context]
+        words += ["--context", config.context]
+    words += ["-n", config.namespace, "port-forward", service, ports]
     return shlex.join(words)

@@ -29,17 +29,9 @@ from orchestrator.choice import cluster_names, on_chosen_cluster, planned_cluste
 from orchestrator.clusters_file import default_cluster
 from orchestrator.control import withdrawn
 from orchestrator.errors import InputError, JobRefused, RunEnded
-from orchestrator.planning.freeze import (
-    JobSource,
-    Sent,
-    brought,
-    frozen_record,
-    input_digests,
-    places_before,
-    read_job,
-)
+from orchestrator.planning.freeze import JobSource, Sent, frozen_training, read_job
 from orchestrator.planning.preflight import Findings, check_job
-from orchestrator.planning.survey import SourceProgress, with_date, writes_date
+from orchestrator.planning.survey import SourceProgress
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
 from orchestrator.stages.spec import read_staged
 from orchestrator.stages.submitted import check_stages, frozen_stages
@@ -143,24 +135,27 @@ def _submit_to(
 ) -> Submission:
     """Check a job, whose paths are meant from a folder, and hand it to one cluster."""
     backend = open_to_submit(cluster)
-    submit_to = partial(submit_frozen, backend, run_id=run_id, pause_at=pause_at, announce=announce)
+    site = backend.site
+    check = partial(_checked, cluster=backend, progress=progress)
+    job_there: Job | StagedJob
     if isinstance(job, StagedJob):
-        models, warnings = check_stages(job, backend.site.is_here, lambda seen: _checked(seen, backend, progress))
-        job_there, record = frozen_stages(job, models, folder, cluster, backend, sent)
-        return submit_to(job_there, record, partial(Submission, cluster=cluster, warnings=warnings, why=why))
-    checked = _checked(job, backend, progress)
-    model, site = checked.model, backend.site
-    is_dated = job.data.date is None and writes_date(model)
-    if is_dated:
-        job = with_date(job)
-    make_request(backend, job, new_id(job.name))  # what the cluster can never serve is refused before files are sent
-    of_inputs = input_digests(job, model.folder, site)
-    before = job
-    job = brought(job, model, site, sent)
-    beside_job = {"dated": is_dated, "sent": places_before(before, job)}
-    frozen = frozen_record(job, model, cluster, folder, of_inputs) | beside_job
-    described = partial(Submission, cluster=cluster, warnings=checked.warnings, why=why)
-    return submit_to(job, frozen, described)
+        models, warnings = check_stages(job, site.is_here, check)
+        job_there, frozen = frozen_stages(job, models, folder, cluster, backend, sent)
+    else:
+        checked = check(job)
+        warnings = checked.warnings
+        make_request(backend, job, new_id(job.name))  # what can never be served is refused before files are sent
+        job_there, frozen = frozen_training(job, checked.model, folder, cluster, site, sent)
+    described = partial(Submission, cluster=cluster, warnings=warnings, why=why)
+    return submit_frozen(
+        backend,
+        job_there,
+        frozen,
+        described,
+        run_id=run_id,
+        pause_at=pause_at,
+        announce=announce,
+    )
 
 
 def submit_frozen(

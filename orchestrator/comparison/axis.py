@@ -33,7 +33,8 @@ class Axis:
     @property
     def middle(self) -> float:
         """The pixel between start and end."""
-        return (self.start + self.end) / 2
+        both_ends = self.start + self.end
+        return both_ends / 2
 
     @property
     def scale(self) -> str:
@@ -46,7 +47,8 @@ class Axis:
         """The pixel at which a value lies."""
         pixels = self.end - self.start
         values = self.high - self.low
-        fraction = (value - self.low) / values
+        above_low = value - self.low
+        fraction = above_low / values
         return self.start + fraction * pixels
 
     def ticks(self) -> list[float]:
@@ -78,7 +80,8 @@ class LogAxis(Axis):
 
     def at(self, value: float) -> float:
         """The pixel at which a value lies."""
-        return super().at(math.log10(value))
+        logarithm = math.log10(value)
+        return super().at(logarithm)
 
     def ticks(self) -> list[float]:
         """Powers of ten within the scale, where it has few of them also twice and five times those."""
@@ -99,7 +102,8 @@ class LogAxis(Axis):
 def spans_decades(values: Values) -> bool:
     """Whether values are all above zero, and the greatest is many times the least."""
     low = min(values)
-    return low > 0 and max(values) >= _DECADE * low
+    high = max(values)
+    return low > 0 and high >= _DECADE * low
 
 
 def log_y_axis(values: Values, show: FormatValue) -> Axis:

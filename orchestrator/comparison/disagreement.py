@@ -35,6 +35,8 @@ _DISPUTED_ROW = (
 _ASKED = '<pre class="asked">{text}</pre>'
 _OPINION = '<div class="opinion {style}"><h3>{mark} {labels}</h3><pre>{text}</pre></div>'
 
+_LabelsByAnswer = dict[str, list[str]]  # those who gave each answer
+
 
 @dataclass(frozen=True)
 class Answerer:
@@ -97,12 +99,19 @@ def _with_answers(row: ComparisonRow) -> list[Answerer]:
 def _answered_by_all(answerers: Sequence[Answerer]) -> list[RowKey]:
     """The rows that all have answered, in the order of the file."""
     first, *others = answerers
-    return [key for key in first.results if all(key in other.results for other in others)]
+    shared = list(first.results)
+    for other in others:
+        shared = [key for key in shared if key in other.results]
+    return shared
 
 
 def _count_right(answerers: Sequence[Answerer], key: RowKey) -> int:
     """How many have a row right."""
-    return sum(bool(answerer.results[key].correct) for answerer in answerers)
+    count = 0
+    for answerer in answerers:
+        result = answerer.results[key]
+        count += bool(result.correct)
+    return count
 
 
 def _seeds(answerers: Sequence[Answerer]) -> str:
@@ -132,35 +141,59 @@ def _as_text(record: object) -> str:
     """A row for people: a line for each of its fields."""
     if not isinstance(record, dict):
         return str(record)
-    return "\n".join(f"{name}: {value}" for name, value in record.items())
+    lines = []
+    for name, value in record.items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
 
 
 def _disputed_row(answerers: Sequence[Answerer], key: RowKey, text: str) -> str:
     """A row that is folded: what it says, and each answer with those who gave it, the right ones first."""
-    by_answer: dict[tuple[bool, str], list[str]] = {}
     right: list[str] = []
     wrong: list[str] = []
+    labels_right: _LabelsByAnswer = {}
+    labels_wrong: _LabelsByAnswer = {}
     for number, answerer in enumerate(answerers):
         result = answerer.results[key]
-        is_right = bool(result.correct)
-        group = right if is_right else wrong
-        group.append(str(number))
-        labels = by_answer.setdefault((is_right, _answer_text(result)), [])
-        labels.append(answerer.label)
-    answers = ""
-    for (is_right, said), labels in sorted(by_answer.items(), key=lambda item: not item[0][0]):
-        style, mark = ("right", "✓") if is_right else ("wrong", "✗")
-        answers += _OPINION.format(style=style, mark=mark, labels=escape(", ".join(labels)), text=escape(said))
-    asked = _ASKED.format(text=escape(_beginning_of(text))) if text else ""
-    place = {"right": " ".join(right), "wrong": " ".join(wrong)}
-    result = answerers[0].results[key]
-    counts = {"number": result.row, "count": len(right), "of": len(answerers)}
-    return _DISPUTED_ROW.format(text=asked, answers=answers, **place, **counts)
+        numbers, labels = wrong, labels_wrong
+        if result.correct:
+            numbers, labels = right, labels_right
+        numbers.append(str(number))
+        answer = _answer_text(result)
+        alike = labels.setdefault(answer, [])
+        alike.append(answerer.label)
+    answers = _opinions(labels_right, "right", "✓")
+    answers += _opinions(labels_wrong, "wrong", "✗")
+    who = {"right": " ".join(right), "wrong": " ".join(wrong)}
+    first = answerers[0].results[key]
+    counts = {"number": first.row, "count": len(right), "of": len(answerers)}
+    asked = _asked_text(text)
+    return _DISPUTED_ROW.format(text=asked, answers=answers, **who, **counts)
+
+
+def _opinions(labels_by_answer: _LabelsByAnswer, style: str, mark: str) -> str:
+    """Answers that are all right, or all wrong, each with those who gave it."""
+    opinions = ""
+    for answer, labels in labels_by_answer.items():
+        names = ", ".join(labels)
+        fields = {"labels": escape(names), "text": escape(answer)}
+        opinions += _OPINION.format(style=style, mark=mark, **fields)
+    return opinions
+
+
+def _asked_text(text: str) -> str:
+    """What a row says, cut where it is long; nothing where that is not known."""
+    if not text:
+        return ""
+    beginning = _beginning_of(text)
+    return _ASKED.format(text=escape(beginning))
 
 
 def _answer_text(result: RowResult) -> str:
     """What was written for a row, cut where it is long."""
-    return _beginning_of(result.answer or "") or "(nothing)"
+    if not result.answer:
+        return "(nothing)"
+    return _beginning_of(result.answer)
 
 
 def _beginning_of(text: str) -> str:

@@ -89,10 +89,15 @@ def win_rate(wins: NumbersByRow, level: float = CONFIDENCE) -> Estimate:
     won = [value > _TIE for value in wins]
     lost = [value < _TIE for value in wins]
     more = difference_of_shares(won, lost, level)
-    value = _TIE + more.value / 2
-    low = _TIE + more.low / 2
-    high = _TIE + more.high / 2
+    value = _share_won(more.value)
+    low = _share_won(more.low)
+    high = _share_won(more.high)
     return Estimate(value, low, high)
+
+
+def _share_won(more: float) -> float:
+    """The win rate where the share of rows won is by `more` above the share lost."""
+    return _TIE + more / 2
 
 
 def ratio_of_sums(sums: NumbersByRow, weights: NumbersByRow, level: float = CONFIDENCE) -> Estimate:

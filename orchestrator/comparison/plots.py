@@ -160,9 +160,11 @@ def cost_interval(cost: Metric) -> tuple[float | None, float | None]:
     if cost.n < 2 or not cost.std:
         return None, None
     error = cost.std / math.sqrt(cost.n)
-    half = critical_value(CONFIDENCE, cost.n - 1) * error
-    low = max(0.0, cost.mean - half)
-    return low, cost.mean + half
+    errors = critical_value(CONFIDENCE, cost.n - 1)
+    half = errors * error
+    low = cost.mean - half
+    high = cost.mean + half
+    return max(0.0, low), high
 
 
 def _metric_if_finished(row: ComparisonRow, measure: Measure) -> Metric | None:

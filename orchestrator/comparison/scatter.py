@@ -99,16 +99,25 @@ def _dot(dot: Dot, x: Axis, y: Axis) -> str:
         hint += ", on the front"
     at_x = x.at(dot.x)
     at_y = y.at(dot.y)
+    drawn = _error_bars(dot, x, y)
+    drawn += svg.dot(at_x, at_y, dot.group, dot.front, hint)
+    return drawn
+
+
+def _error_bars(dot: Dot, x: Axis, y: Axis) -> str:
+    """The lines over the intervals of a dot, as far as it has them."""
     drawn = ""
     if dot.low is not None and dot.high is not None:
+        at_x = x.at(dot.x)
         top = y.at(dot.high)
         bottom = y.at(dot.low)
-        drawn = svg.upright(at_x, top, bottom, dot.group)
+        drawn += svg.upright(at_x, top, bottom, dot.group)
     if dot.left is not None and dot.right is not None:
+        at_y = y.at(dot.y)
         left = x.at(dot.left)
         right = x.at(dot.right)
         drawn += svg.level(left, right, at_y, dot.group)
-    return drawn + svg.dot(at_x, at_y, dot.group, dot.front, hint)
+    return drawn
 
 
 def _labels(dots: Sequence[Dot], x: Axis, y: Axis) -> list[DotLabel]:

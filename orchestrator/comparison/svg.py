@@ -93,7 +93,9 @@ def upright(x: float, top: float, bottom: float, group: int) -> str:
 
 def level(left: float, right: float, y: float, group: int) -> str:
     """A level line in the colour of a group: an interval."""
-    return _LEVEL_LINE.format(group=group, left=left, right=right, y=y, colour=colour(group))
+    fields = {"left": left, "right": right, "y": y}
+    of_group = colour(group)
+    return _LEVEL_LINE.format(group=group, colour=of_group, **fields)
 
 
 def horizontal(kind: str, left: int, right: float, y: str) -> str:

@@ -66,7 +66,8 @@ def evaluate(
         require_written(read, of_harness)
     sources = resolve_adapters(adapters, evaluated_on=cluster)
     labels = [source.label for source in sources]
-    other = opponent(against, dict(zip(adapters, labels, strict=True)), judge)
+    label_of = dict(zip(adapters, labels, strict=True))
+    other = opponent(against, label_of, judge)
     require_packages(DATA if cluster and not judge else TRAIN)
     place = base_named(base, sources)
     folder = out or home() / "evaluations"
@@ -78,7 +79,8 @@ def evaluate(
     if judging:
         by_task = judged_tasks(by_task, judging, other)
         answers += judging.asked
-    report = _report_of(place, _with_runs(by_task, sources), answers)
+    with_runs = _with_runs(by_task, sources)
+    report = _report_of(place, with_runs, answers)
     return track(report, sources)
 
 

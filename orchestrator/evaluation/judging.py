@@ -52,7 +52,9 @@ class Duel(NamedTuple):
     @property
     def differ(self) -> bool:
         """Whether there is anything to compare."""
-        return self.mine.strip() != self.theirs.strip()
+        mine = self.mine.strip()
+        theirs = self.theirs.strip()
+        return mine != theirs
 
 
 class DuelEnd(NamedTuple):
@@ -243,9 +245,10 @@ def _both_orders(number: int, duel: Duel) -> Iterator[ChoiceRow]:
     mine = duel.mine.strip()
     theirs = duel.theirs.strip()
     shown = _shown(duel.row)
+    criterion = duel.task.criterion
     orders = ((mine, theirs), (theirs, mine))
-    for right, (first, second) in enumerate(orders):
-        criterion = duel.task.criterion
+    for right, order in enumerate(orders):
+        first, second = order
         asked = _JUDGE_QUESTION.format(criterion=criterion, prompt=shown, first=first, second=second)
         yield ChoiceRow(number, asked, _BEHIND_QUESTION, right)
 
@@ -266,5 +269,8 @@ def _with_answer(row: Row, answer: str) -> Row:
     """A row with another answer at its end."""
     if not row.messages:
         return replace(row, completion=answer)
-    last: dict[str, Any] = {"role": "assistant", "content": answer.strip()}
-    return replace(row, messages=(*row.messages[:-1], last), only_last=True)
+    content = answer.strip()
+    last: dict[str, Any] = {"role": "assistant", "content": content}
+    before = row.messages[:-1]
+    messages = (*before, last)
+    return replace(row, messages=messages, only_last=True)

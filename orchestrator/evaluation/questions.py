@@ -119,7 +119,8 @@ class Preparation:
         choices = []
         for number, prompt in enumerate(prompts, start=1):
             choices.append(ChoiceRow(number, prompt, texts, right=0))
-        asked = self._choices(task, choices, self._encoder(task))
+        encoder = self._encoder(task)
+        asked = self._choices(task, choices, encoder)
         return [row.question for row in asked]
 
     def _encoder(self, task: TaskSpec) -> "Encoder":

@@ -43,7 +43,8 @@ class Wins:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        return {**asdict(self), "win_rate": self.rate.to_json()}
+        rate = self.rate.to_json()
+        return {**asdict(self), "win_rate": rate}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class AskedBase:
 
     def file(self, kept: Path, name: str) -> AnswersFile:
         """The file of the answers from which a column is made."""
-        return self._base.file(kept, f"{self.job.name}.{name}")
+        stage = self.job.name
+        task = f"{stage}.{name}"
+        return self._base.file(kept, task)
 
     def write(
         self, name: str, column: AnswerColumn, rows: list[WrittenRow], file: AnswersFile, done: Counted
@@ -96,8 +98,9 @@ class AskedBase:
             row |= {"chosen": chosen, "rejected": rejected, "p_first": p_first}
 
     def _prompt(self, template: str, row: WrittenRow, round_number: int) -> str:
+        principles = self.principles
         seed = self.job.generate.seed
-        return prompt_of(template, row, self.principles, seed, round_number)
+        return prompt_of(template, row, principles, seed, round_number)
 
     def _task(self, **how: Any) -> TaskSpec:
         """How prompts are asked, as tasks say it."""

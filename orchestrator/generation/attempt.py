@@ -22,7 +22,7 @@ from runfolder.files import sync_folder
 from runfolder.folders import home
 from runfolder.generation_job import GenerationJob, JudgedColumns, MadeColumn, MatchColumn
 from runfolder.record import load_any_job
-from serving.kept import merge_answers
+from serving.kept import AnswersFile, merge_answers
 from trainer.checkpoint.lineage import checkpoint_folder
 
 ROWS_FILE = "rows.jsonl"
@@ -97,30 +97,40 @@ class WritingStage:
     def _ask_for(self, name: str, column: MadeColumn) -> None:
         """Have the base answer, or judge, for each row."""
         file = self._base.file(self._work.kept, name)
-        before = self._asked
-
-        def count(done: int) -> None:
-            self._work.note(before + done, self._work.steps)
-
         if isinstance(column, JudgedColumns):
-            self._rows = _different(self._rows, column)
-            self._base.judge(column, self._rows, file, count)
-            self._asked += 2 * len(self._rows)
-            self._rows = _sure(self._rows, column)
-            are_first = [row["p_first"] >= 1 / 2 for row in self._rows]
-            self._measure(f"{name}_first", are_first)
-        else:
-            assert not isinstance(column, MatchColumn)
-            self._base.write(name, column, self._rows, file, count)
-            self._asked += len(self._rows)
+            self._judge(name, column, file)
+            return
+        assert not isinstance(column, MatchColumn)
+        self._base.write(name, column, self._rows, file, self._note)
+        self._asked += len(self._rows)
+
+    def _judge(self, name: str, column: JudgedColumns, file: AnswersFile) -> None:
+        """Have the base judge each row; those of which it is not sure enough are left out."""
+        rows = _different(self._rows, column)
+        self._base.judge(column, rows, file, self._note)
+        self._asked += 2 * len(rows)
+        self._rows = _sure(rows, column)
+        are_first: list[bool] = []
+        for row in self._rows:
+            p_first = row["p_first"]
+            are_first.append(p_first >= 1 / 2)
+        self._measure(f"{name}_first", are_first)
+
+    def _note(self, done: int) -> None:
+        """Note how many answers there are, of which `done` are in the column that is being asked for."""
+        work = self._work
+        answers = self._asked + done
+        work.note(answers, work.steps)
 
     def _measure(self, name: str, values: list[int] | list[bool]) -> None:
         """Note the share of rows of which something is true, and half of the width of its 95 % interval."""
         count = max(1, len(values))
         share = sum(values) / count
-        variance = share * (1 - share) / count
+        of_one = share * (1 - share)
+        variance = of_one / count
+        margin = _CROWD * variance**0.5
         self._measured[f"{name}_share"] = share
-        self._measured[f"{name}_share_margin"] = _CROWD * variance**0.5
+        self._measured[f"{name}_share_margin"] = margin
 
     def _report(self) -> None:
         """Say in the last row what was measured."""

@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
+from orchestrator.planning.survey import with_date, writes_date
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
 from runfolder.digests import Digests, digests
@@ -94,20 +95,23 @@ def brought(job: Job, model: Model, site: Site, sent: Sent) -> Job:
     bring = bringer(site, sent)
     sources = job.data.sources
     for field, source in sources.items():
-        if isinstance(parse_source(source), SubmitterFile):
-            sources[field] = bring(Path(source))
+        parsed = parse_source(source)
+        if isinstance(parsed, SubmitterFile):
+            sources[field] = bring(source)
     data = job.data.model_copy(update=sources)
     base = job.base
     if model.folder is not None and Path(base.model).is_dir():
-        base = base.model_copy(update={"model": bring(model.folder)})
-    objective = with_rewards_moved(job, lambda file: bring(Path(file)), lambda model: bring(Path(model)))
+        moved = bring(model.folder)
+        base = base.model_copy(update={"model": moved})
+    objective = with_rewards_moved(job, bring, bring)
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
-def bringer(site: Site, sent: Sent) -> Callable[[Path], str]:
+def bringer(site: Site, sent: Sent) -> Callable[[str | Path], str]:
     """What has a file or folder where the runs are, and gives its path there; `sent` is told how far it has come."""
 
-    def bring(path: Path) -> str:
+    def bring(file: str | Path) -> str:
+        path = Path(file)
         progress = partial(sent, path.name)
         there = site.bring(path.absolute(), progress)
         return str(there)
@@ -132,17 +136,26 @@ def places_before(job: Job, there: Job) -> dict[str, str]:
     return before
 
 
-def frozen_record(job: Job, model: Model, cluster: str, folder: Path, of_inputs: Digests) -> dict[str, Any]:
-    """What RUN_DIR/job.yaml says beside the run id; nothing in it is secret."""
+def frozen_training(
+    job: Job, model: Model, folder: Path, cluster: str, site: Site, sent: Sent
+) -> tuple[Job, dict[str, Any]]:
+    """The job with its files where it runs, and what RUN_DIR/job.yaml says beside the run id: nothing secret."""
+    is_dated = job.data.date is None and writes_date(model)
+    if is_dated:
+        job = with_date(job)
+    of_inputs = input_digests(job, model.folder, site)
+    there = brought(job, model, site, sent)
     git = git_state(folder)
-    at_width = job.at_width(model.hidden_size)
-    return frozen_of(at_width, cluster, of_inputs, git)
+    at_width = there.at_width(model.hidden_size)
+    record = frozen_of(at_width, cluster, of_inputs, git)
+    before = places_before(job, there)
+    return there, record | {"dated": is_dated, "sent": before}
 
 
 def frozen_of(
     job: AnyJob, cluster: str, of_inputs: Mapping[str, str | None], git: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The same of a run of any kind, as it is submitted now."""
+    """What RUN_DIR/job.yaml says of a run of any kind beside its id, as it is submitted now."""
     submitted = time.time()
     return {
         "cluster": cluster,

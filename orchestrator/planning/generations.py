@@ -47,20 +47,24 @@ def generations(
     if not isinstance(options, GroupOptions) or survey is None or not survey.examples:
         return None
     of_row = survey.tokens / survey.examples
-    of_prompt = (survey.tokens - survey.learned) / survey.examples
-    prompts = max(1, int(job.train.batch_tokens / of_row))
+    in_prompts = survey.tokens - survey.learned
+    of_prompt = in_prompts / survey.examples
+    rows = int(job.train.batch_tokens / of_row)
+    prompts = max(1, rows)
     answers = prompts * options.samples
     tokens = answers * options.new_tokens
     learned = tokens + round(answers * of_prompt)
-    element = 2 if planned_precision(job, kind) == "bf16" else 4
+    precision = planned_precision(job, kind)
+    element = 2 if precision == "bf16" else 4
     of_token = cached_bytes(model.config, element)
     cached = cached_tokens(job.data.seq_len, of_token)
+    cache_bytes = cached * of_token
     share = None
     if sizes is not None and gpu is not None:
         length = of_prompt + options.new_tokens
         share = _writing_share(job, model, sizes, gpu, answers, length, of_token, learned)
     judge = _folder_bytes(options.reward_model)
-    return Generations(prompts, answers, tokens, learned, options.updates, cached * of_token, share, judge)
+    return Generations(prompts, answers, tokens, learned, options.updates, cache_bytes, share, judge)
 
 
 def cached_bytes(config: BaseConfig, element: int) -> int:
@@ -84,16 +88,22 @@ def _writing_share(
     options = job.objective
     if bandwidth is None or peak is None or not isinstance(options, GroupOptions):
         return None
-    of_worker = ceil(answers / job.resources.world_size)
-    together = max(1, min(of_worker, ANSWERS_AT_ONCE, int(cached_tokens(job.data.seq_len, of_token) / length)))
+    workers = job.resources.world_size
+    of_worker = ceil(answers / workers)
+    cached = cached_tokens(job.data.seq_len, of_token)
+    with_room = int(cached / length)
+    together = max(1, min(of_worker, ANSWERS_AT_ONCE, with_room))
     rounds = ceil(of_worker / together)
     halfway = length - options.new_tokens / 2
-    read = sizes.memory.weights + together * halfway * of_token
+    caches = together * halfway * of_token
+    read = sizes.memory.weights + caches
     writing = rounds * options.new_tokens * read / bandwidth
     per_token = planned_flops(job, model, sizes)
-    per_second = peak * stated_share(job, planned_kernels(job, "gpu")) * job.resources.world_size
+    kernels = planned_kernels(job, "gpu")
+    per_second = peak * stated_share(job, kernels) * workers
     learning = per_token * learned / per_second
-    return writing / (writing + options.updates * learning)
+    total = writing + options.updates * learning
+    return writing / total
 
 
 def _folder_bytes(folder: str | None) -> int:

@@ -44,7 +44,10 @@ class HoursForecast:
 
     def times(self, factor: float) -> "HoursForecast":
         """The hours of so many times the work."""
-        return HoursForecast(self.low * factor, self.likely * factor, self.high * factor, self.runs)
+        low = self.low * factor
+        likely = self.likely * factor
+        high = self.high * factor
+        return HoursForecast(low, likely, high, self.runs)
 
 
 def hours(

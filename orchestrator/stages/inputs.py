@@ -103,14 +103,19 @@ def brought_stage(job: AnyStage, model: Model, site: Site, sent: Sent) -> tuple[
     """The job with its files where the runs are, as paths there, and where they lay before, by field."""
     if isinstance(job, Job):
         there = brought(job, model, site, sent)
-        return there.at_width(model.hidden_size), places_before(job, there)
+        before = places_before(job, there)
+        return there.at_width(model.hidden_size), before
     bring = bringer(site, sent)
     texts = {}
     for field, source in job.sources.items():
-        if isinstance(parse_source(source), SubmitterFile):
-            texts[field] = bring(Path(source))
+        parsed = parse_source(source)
+        if isinstance(parsed, SubmitterFile):
+            texts[field] = bring(source)
     if model.folder is not None and Path(job.base.model).is_dir():
         texts["base.model"] = bring(model.folder)
     inputs = {"base.model": job.base.model, **job.sources}
-    before = {field: inputs[field] for field, text in texts.items() if inputs[field] != text}
+    before = {}
+    for field, text in texts.items():
+        if inputs[field] != text:
+            before[field] = inputs[field]
     return with_inputs(job, texts), before

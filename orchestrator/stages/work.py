@@ -144,7 +144,8 @@ def _cancelled(run_dir: Path) -> Record:
 
 def _as_stage_ended(stage: str, ended: Record) -> Record:
     """The final word on a job one of whose stages has failed or was cancelled."""
-    reason = f"stage {stage}: {ended.get('reason') or ended['state']}"
+    why = ended.get("reason") or ended["state"]
+    reason = f"stage {stage}: {why}"
     return {**ended, "reason": reason}
 
 

@@ -198,7 +198,8 @@ class Delivery:
 
     def _compare(self, row: AppendedRow) -> None:
         """Say in the log where a step that was done again came out otherwise; the first value stays."""
-        tolerance = relative_tolerance(load_any_job(self._run_dir))
+        job = load_any_job(self._run_dir)
+        tolerance = relative_tolerance(job)
         for metric in COMPARED:
             first, now = row.again.get(metric, (0.0, 0.0))
             if differ(first, now, tolerance):
