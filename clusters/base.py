@@ -173,7 +173,10 @@ def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> d
     if run_ids is None:
         run_ids = cluster.site.ids()
     snapshots = cluster.site.snapshots(run_ids, in_full)
-    submitted_as = {run_id: run.stage_of or run_id for run_id, run in snapshots.items() if run.result is None}
+    submitted_as: dict[str, str] = {}
+    for run_id, run in snapshots.items():
+        if run.result is None:
+            submitted_as[run_id] = run.stage_of or run_id
     open_runs = list(dict.fromkeys(submitted_as.values()))
     try:
         by_submission = cluster.status(open_runs)
@@ -185,4 +188,8 @@ def look_at(cluster: Cluster, run_ids: Iterable[str] | None, in_full: bool) -> d
         later = cluster.site.snapshots(closed, in_full)
         snapshots |= later
     ended = ClusterStatus("ended")
-    return {run_id: Standing(run, statuses.get(run_id, ended)) for run_id, run in snapshots.items()}
+    standings: dict[str, Standing] = {}
+    for run_id, run in snapshots.items():
+        status = statuses.get(run_id, ended)
+        standings[run_id] = Standing(run, status)
+    return standings

@@ -164,7 +164,8 @@ class Kubernetes:
 
     def newest_submissions(self, run_ids: Iterable[str]) -> dict[str, Submitted | None]:
         """The RayJob or RayService of each run's newest submission, None where there is none."""
-        return newest_of(self.api, [*run_ids])
+        wanted = list(run_ids)
+        return newest_of(self.api, wanted)
 
     def look(self, run_ids: Iterable[str] | None = None, in_full: bool = False) -> dict[str, Standing]:
         """How runs stand, None: all of the volume."""
@@ -219,9 +220,11 @@ class Kubernetes:
 
     def _next_submission(self, run_id: str) -> int:
         """The number after those of the run's submissions that are there, and that have started it before."""
-        started: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
-        numbers = [submission_in(found) for found in submissions_of_run(self.api, run_id)]
-        return 1 + max([started, *numbers])
+        latest: int = ask_folders(self, {"verb": "latest_start", "run_id": run_id})
+        for found in submissions_of_run(self.api, run_id):
+            number = submission_in(found)
+            latest = max(latest, number)
+        return latest + 1
 
     def _variables(self, job: AnyJob) -> dict[str, str]:
         """What all pods have in their environment; raises SubmissionRefused for what no pod can have."""

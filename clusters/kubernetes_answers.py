@@ -35,7 +35,11 @@ def goes_on(rayjob: Answered) -> bool:
 
 def runs_now(found: Answered) -> bool:
     """Whether all pods of a RayJob have been ready, and it is handed to Ray, or has been; or a RayService answers."""
-    return goes_on(found) and (_deployment(found) == "Running" or serves(found))
+    if not goes_on(found):
+        return False
+    if _deployment(found) == "Running":
+        return True
+    return serves(found)
 
 
 def is_rayservice(found: Answered) -> bool:
@@ -45,13 +49,17 @@ def is_rayservice(found: Answered) -> bool:
 
 def serves(found: Answered) -> bool:
     """Whether KubeRay says of a RayService that it takes requests."""
-    conditions = (found.get("status") or {}).get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    status = found.get("status") or {}
+    for condition in status.get("conditions", []):
+        if condition["type"] == "Ready" and condition["status"] == "True":
+            return True
+    return False
 
 
 def title_of(found: Answered) -> str:
     """What a RayJob or a RayService is called in a message."""
-    return f"{found['kind']} {found['metadata']['name']}"
+    name = found["metadata"]["name"]
+    return f"{found['kind']} {name}"
 
 
 def is_suspended(rayjob: Answered) -> bool:
@@ -114,9 +122,12 @@ def starting_status(title: str, ray_cluster: Answered, pods: Iterable[Answered],
     `title` is what carries it, `never` why there may be no pods for ever.
     """
     staying = _without_leaving(pods)
+    no_pod = _why_no_pod(ray_cluster)
+    if no_pod:
+        return no_pod
     if not staying:
-        return _why_no_pod(ray_cluster) or ClusterStatus("queued", f"{title}: {_NO_PODS}{never}")
-    obstacle = _why_no_pod(ray_cluster) or _why_ended(staying) or _why_no_node(title, staying) or _why_stuck(staying)
+        return ClusterStatus("queued", f"{title}: {_NO_PODS}{never}")
+    obstacle = _why_ended(staying) or _why_no_node(title, staying) or _why_stuck(staying)
     if obstacle:
         return obstacle
     ready = sum(_is_ready(pod) for pod in staying)

@@ -106,8 +106,10 @@ class KubernetesApi:
 
     def listed(self, kind: str, selector: str) -> list[ApiObject]:
         """The objects of a kind of KubeRay's with these labels."""
+        group = self._group["group"]
+        version = self._group["version"]
         plural = _PLURALS[kind]
-        path = f"/apis/{self._group['group']}/{self._group['version']}/namespaces/{self.namespace}/{plural}"
+        path = f"/apis/{group}/{version}/namespaces/{self.namespace}/{plural}"
         found = self._all_pages(path, {"labelSelector": selector})
         return [{"kind": kind, **each} for each in found]  # a list need not say it of each
 

@@ -82,8 +82,9 @@ def remove_finished(cluster: Kubernetes, snapshots: Mapping[str, Snapshot]) -> l
 def _ended_days_ago(rayjob: Answered) -> float:
     """For how many days a RayJob has been over, by the server's own times."""
     status = rayjob.get("status") or {}
-    ended = status.get("endTime") or rayjob["metadata"]["creationTimestamp"]
-    age = datetime.now(UTC) - datetime.fromisoformat(ended)
+    noted = status.get("endTime") or rayjob["metadata"]["creationTimestamp"]
+    ended = datetime.fromisoformat(noted)
+    age = datetime.now(UTC) - ended
     return age / timedelta(days=1)
 
 

@@ -31,14 +31,17 @@ def service_status(service: Answered, pods: Iterable[Answered]) -> ClusterStatus
 def service_address(service: Answered) -> str:
     """Where clients in the cluster reach a service: the Kubernetes Service that KubeRay makes for it."""
     metadata = service["metadata"]
-    return f"http://{metadata['name']}-serve-svc.{metadata['namespace']}.svc:{PORT}"
+    name = metadata["name"]
+    namespace = metadata["namespace"]
+    return f"http://{name}-serve-svc.{namespace}.svc:{PORT}"
 
 
 def _why_given_up(title: str, status: Answered) -> ClusterStatus | None:
     """The status of a service that KubeRay has given up; None where it has not."""
     for condition in status.get("conditions", []):
         if condition["type"] == "Ready" and condition["reason"] in _GIVEN_UP:
-            return ClusterStatus("starting", f"{title}: {_end_of(condition['message'])}", stuck=True)
+            words = _end_of(condition["message"])
+            return ClusterStatus("starting", f"{title}: {words}", stuck=True)
     return None
 
 
@@ -57,9 +60,11 @@ def _without_answer(title: str, status: Answered, pods: Iterable[Answered]) -> C
     for cluster in _clusters(status):
         ray_cluster = cluster.get("rayClusterStatus") or ray_cluster
     found = starting_status(title, ray_cluster, pods)
-    states = sorted({application["status"] for application in _applications(status)})
+    states = {application["status"] for application in _applications(status)}
     if states and found.state == "starting" and not found.stuck:
-        return ClusterStatus("starting", f"{found.reason}; its application is {', '.join(states)}")
+        in_order = sorted(states)
+        words = ", ".join(in_order)
+        return ClusterStatus("starting", f"{found.reason}; its application is {words}")
     return found
 
 
@@ -77,4 +82,5 @@ def _applications(status: Answered) -> Iterator[dict[str, Any]]:
 
 def _end_of(text: str) -> str:
     """The end of a text, which says most of a traceback, in one line."""
-    return " ".join(text.split())[-_LONGEST_WORDS:]
+    in_one_line = " ".join(text.split())
+    return in_one_line[-_LONGEST_WORDS:]

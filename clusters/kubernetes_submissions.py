@@ -30,28 +30,30 @@ def manifest_of(spec: AnyJob, pods: PlannedPods, config: KubernetesConfig, run_d
 
 def all_submissions(api: KubernetesApi) -> list[Submitted]:
     """All of the namespace."""
-    return named_as_ours([*api.listed("RayJob", OUR_OBJECTS), *api.listed("RayService", OUR_OBJECTS)])
+    rayjobs = _submissions(api, "RayJob", OUR_OBJECTS)
+    rayservices = _submissions(api, "RayService", OUR_OBJECTS)
+    return rayjobs + rayservices
 
 
 def submissions_of_run(api: KubernetesApi, run_id: str) -> list[Submitted]:
     """Those of a run that are still there; a run that has RayJobs has no RayService."""
     selector = f"{OUR_OBJECTS},{RUN_LABEL}={run_id}"
-    return named_as_ours(api.listed("RayJob", selector)) or named_as_ours(api.listed("RayService", selector))
+    rayjobs = _submissions(api, "RayJob", selector)
+    return rayjobs or _submissions(api, "RayService", selector)
 
 
 def newest_of(api: KubernetesApi, run_ids: Sequence[str]) -> dict[str, Submitted | None]:
     """The newest one of each run, None where there is none; RayServices are asked for where RayJobs lack."""
     if len(run_ids) == 1:
-        return {run_ids[0]: _newest(submissions_of_run(api, run_ids[0])).get(run_ids[0])}
-    newest = _newest(named_as_ours(api.listed("RayJob", OUR_OBJECTS)))
-    if any(run_id not in newest for run_id in run_ids):
-        newest |= _newest(named_as_ours(api.listed("RayService", OUR_OBJECTS)))
+        run_id = run_ids[0]
+        newest = _newest(submissions_of_run(api, run_id))
+        return {run_id: newest.get(run_id)}
+    rayjobs = _submissions(api, "RayJob", OUR_OBJECTS)
+    newest = _newest(rayjobs)
+    if not newest.keys() >= set(run_ids):
+        rayservices = _submissions(api, "RayService", OUR_OBJECTS)
+        newest |= _newest(rayservices)
     return {run_id: newest.get(run_id) for run_id in run_ids}
-
-
-def named_as_ours(found: Iterable[Submitted]) -> list[Submitted]:
-    """Those of some objects that have the name of a submission."""
-    return [each for each in found if _SUBMISSION.fullmatch(each["metadata"]["name"])]
 
 
 def submission_in(found: Mapping[str, Any]) -> int:
@@ -62,9 +64,11 @@ def submission_in(found: Mapping[str, Any]) -> int:
 def check_ours(existing: Submitted, manifest: Submitted) -> None:
     """Raise SubmissionRefused for an object that is none of this run, and so is somebody else's."""
     run_id = manifest["metadata"]["labels"][RUN_LABEL]
-    if existing["metadata"].get("labels", {}).get(RUN_LABEL) != run_id or not digest_noted(existing):
+    labels = existing["metadata"].get("labels", {})
+    if labels.get(RUN_LABEL) != run_id or not digest_noted(existing):
+        title = title_of(existing)
         words = f"is there already, and is not of run {run_id}: somebody else has made it"
-        raise SubmissionRefused(f"{title_of(existing)} {words}")
+        raise SubmissionRefused(f"{title} {words}")
 
 
 def check_same(existing: Submitted, manifest: Submitted) -> None:
@@ -84,6 +88,16 @@ def raised_for(rejected: Rejected) -> Exception:
     if rejected.status == 404:
         return Unreachable(f"{rejected}: are KubeRay and the namespace there? see: fleetune doctor --cluster NAME")
     return SubmissionRefused(f"Kubernetes does not take this job: {rejected.message}")
+
+
+def _submissions(api: KubernetesApi, kind: str, selector: str) -> list[Submitted]:
+    """The objects of a kind with these labels that have the name of a submission."""
+    submissions: list[Submitted] = []
+    for each in api.listed(kind, selector):
+        name = each["metadata"]["name"]
+        if _SUBMISSION.fullmatch(name):
+            submissions.append(each)
+    return submissions
 
 
 def _newest(found: Iterable[Submitted]) -> dict[str, Submitted]:

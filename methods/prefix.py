@@ -143,7 +143,8 @@ def _attend(
     """Attention over the prefix and what the mask shows, of all heads or of a part of them."""
     rows, heads = key_BHSD.shape[:2]
     prefix_of_all = module.prefix.to(key_BHSD.dtype)
-    prefix_2HVD = prefix_of_all[:, part.places(heads)]
+    own_heads = part.places(heads)
+    prefix_2HVD = prefix_of_all[:, own_heads]
     prefix_21HVD = prefix_2HVD[:, None]
     prefix_2BHVD = prefix_21HVD.expand(-1, rows, -1, -1, -1)
     prefix_key, prefix_value = prefix_2BHVD

@@ -15,7 +15,8 @@ def drawn_principle(principles: Sequence[Principle], row_id: str, seed: int, rou
     """The principle that a row draws in a round."""
 
     def place(principle: Principle) -> bytes:
-        text = f"{seed} {round_number} {row_id} {principle['id']}"
+        principle_id = principle["id"]
+        text = f"{seed} {round_number} {row_id} {principle_id}"
         digest = hashlib.sha256(text.encode())
         return digest.digest()
 

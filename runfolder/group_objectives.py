@@ -100,8 +100,13 @@ class GroupOptions(ObjectiveOptions):
     def weights(self) -> dict[str, float]:
         """What each reward weighs in what an answer is worth, by its name; a function's is `function`."""
         if isinstance(self.reward, str):
-            return {_kind_of(self.reward): 1.0}
-        return {_kind_of(name): weight for name, weight in self.reward.items()}
+            kind = _kind_of(self.reward)
+            return {kind: 1.0}
+        by_kind: dict[str, float] = {}
+        for name, weight in self.reward.items():
+            kind = _kind_of(name)
+            by_kind[kind] = weight
+        return by_kind
 
     @property
     def reward_file(self) -> str | None:
@@ -133,7 +138,10 @@ class GroupOptions(ObjectiveOptions):
         there = f"{file}:{self.reward_function}"
         if isinstance(self.reward, str):
             return self.model_copy(update={"reward": there})
-        reward = {there if name == self._function else name: weight for name, weight in self.reward.items()}
+        reward: dict[str, float] = {}
+        for name, weight in self.reward.items():
+            placed = there if name == self._function else name
+            reward[placed] = weight
         return self.model_copy(update={"reward": reward})
 
     def with_reward_model(self, folder: str) -> "GroupOptions":

@@ -11,7 +11,7 @@ from methods.options.full import Full
 from runfolder.objective_fit import check_base, check_method, check_sequence, check_stage
 from runfolder.objectives import AnyObjective, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
-from runfolder.training import Sharding, Train
+from runfolder.training import Checkpoint, Evaluation, Sharding, Train
 from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
@@ -62,44 +62,6 @@ class Data(Section):
         if self.retain:
             by_field["retain"] = self.retain
         return by_field
-
-
-class Checkpoint(Section):
-    """How often a run saves what it can go on from, and how much of that it keeps."""
-
-    every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto",
-        description="steps between two checkpoints; auto: so seldom that saving costs little, by measured time",
-    )
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept, over all attempts")
-
-
-class Evaluation(Section):
-    """When and how the rows of `data.eval` are judged: every so many steps, and always at the end."""
-
-    every: int | None = Field(None, ge=1, description="steps; null: at the end only")
-    rows: int | None = Field(None, ge=1, description="how many of them, from the first; null: all")
-    before: bool = Field(True, description="also judge the untuned base, before the first step")
-    max_new_tokens: int = Field(
-        256, ge=0, description="longest answer that is generated, for exact match; 0: loss only, no generation"
-    )
-    keep: Literal["last", "best"] = Field(
-        "last",
-        description="what the output has: the weights after the last step, or those of the lowest held-out loss",
-    )
-    stop_after: int | None = Field(
-        None, ge=1, description="evaluations without a lower held-out loss after which training ends; null: never"
-    )
-    test: float = Field(
-        0.0, ge=0, lt=1, description="share of the rows, the last ones, that are judged apart, after the last step"
-    )
-    cool_down: float = Field(0.0, ge=0, le=1, description="share of the steps so far that cool a pausing run down")
-
-    @property
-    def goes_by_loss(self) -> bool:
-        """Whether what comes of training depends on the held-out loss."""
-        can_stop_early = self.stop_after is not None
-        return can_stop_early or self.keep == "best"
 
 
 class Output(Section):
@@ -272,7 +234,8 @@ class Job(Section):
     @property
     def data_size(self) -> int:
         """How many workers, or groups of them that share rows, have rows of their own."""
-        return self.resources.world_size // self.sharding.sequence
+        workers = self.resources.world_size
+        return workers // self.sharding.sequence
 
     @property
     def lr(self) -> float:

@@ -29,4 +29,8 @@ def samples_of(source: ChunkSource) -> list[Record]:
 
 def of_step(samples: Iterable[Record], step: int) -> list[Record]:
     """The samples of one step."""
-    return [sample for sample in samples if sample["step"] == step]
+    found = []
+    for sample in samples:
+        if sample["step"] == step:
+            found.append(sample)
+    return found

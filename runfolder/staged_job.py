@@ -22,7 +22,9 @@ STAGE_NAME = re.compile(r"[a-z]([-a-z0-9]{0,18}[a-z0-9])?")
 
 def _kind_of_stage(stage: Any) -> str:
     """Whether a stage writes or trains."""
-    writes = is_generation(stage) if isinstance(stage, dict) else isinstance(stage, GenerationJob)
+    writes = isinstance(stage, GenerationJob)
+    if isinstance(stage, dict):
+        writes = is_generation(stage)
     return "generate" if writes else "train"
 
 
@@ -47,18 +49,25 @@ class StagedJob(Section):
         earlier: list[str] = []
         for stage, job in self.stages.items():
             for field, reference in references(job).items():
-                if reference.stage not in earlier:
-                    allowed = ", ".join(earlier) or "none, as it is the first one"
-                    found = f"found stage:{reference.stage}; allowed: an earlier stage ({allowed})"
-                    raise ValueError(f"stages.{stage}.{field}: {found}")
-                if field == "base.model" and not isinstance(self.stages[reference.stage], Job):
-                    found = f"found stage:{reference.stage}, which writes rows; allowed: a stage that trains"
-                    raise ValueError(f"stages.{stage}.{field}: {found}")
-                if field != "base.model" and reference.file is None:
-                    allowed = f"a file of its output, like stage:{reference.stage}/rows.jsonl"
-                    raise ValueError(f"stages.{stage}.{field}: found stage:{reference.stage}; allowed: {allowed}")
+                flaw = self._flaw_of(field, reference, earlier)
+                if flaw:
+                    raise ValueError(f"stages.{stage}.{field}: found stage:{reference.stage}{flaw}")
             earlier.append(stage)
         return self
+
+    def _flaw_of(self, field: str, reference: StageOutput, earlier: list[str]) -> str:
+        """Why a field cannot take what it names of another stage, and what is allowed; empty where it can."""
+        if reference.stage not in earlier:
+            allowed = ", ".join(earlier) or "none, as it is the first one"
+            return f"; allowed: an earlier stage ({allowed})"
+        if field == "base.model":
+            named = self.stages[reference.stage]
+            if isinstance(named, Job):
+                return ""
+            return ", which writes rows; allowed: a stage that trains"
+        if reference.file is None:
+            return f"; allowed: a file of its output, like stage:{reference.stage}/rows.jsonl"
+        return ""
 
     @property
     def sources(self) -> dict[str, str]:
@@ -100,11 +109,15 @@ def references(job: AnyStage) -> dict[str, StageOutput]:
 
 def with_inputs(job: AnyStage, texts: Mapping[str, str]) -> AnyStage:
     """The job with other texts in those fields that `inputs_of` gives."""
-    sections: dict[str, Any] = {"base": job.base.model_copy(update=_within("base", texts))}
+    sections: dict[str, Any] = {}
+    of_base = _within("base", texts)
+    sections["base"] = job.base.model_copy(update=of_base)
     if isinstance(job, Job):
-        sections["data"] = job.data.model_copy(update=_within("data", texts))
+        of_data = _within("data", texts)
+        sections["data"] = job.data.model_copy(update=of_data)
     else:
-        sections["generate"] = job.generate.model_copy(update=_within("generate", texts))
+        of_generate = _within("generate", texts)
+        sections["generate"] = job.generate.model_copy(update=of_generate)
     return job.model_copy(update=sections)
 
 

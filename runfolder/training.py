@@ -1,6 +1,6 @@
-"""How a run is optimised, and what its workers share; plain data, as all of a job."""
+"""How a run is optimised, what its workers share, and when it is saved and judged; plain data, as all of a job."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,3 +78,41 @@ class Sharding(Section):
     def offloads(self) -> bool:
         """Whether AdamW's moments are in the host's memory."""
         return self.offload == "optimizer"
+
+
+class Checkpoint(Section):
+    """How often a run saves what it can go on from, and how much of that it keeps."""
+
+    every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="steps between two checkpoints; auto: so seldom that saving costs little, by measured time",
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept, over all attempts")
+
+
+class Evaluation(Section):
+    """When and how the rows of `data.eval` are judged: every so many steps, and always at the end."""
+
+    every: int | None = Field(None, ge=1, description="steps; null: at the end only")
+    rows: int | None = Field(None, ge=1, description="how many of them, from the first; null: all")
+    before: bool = Field(True, description="also judge the untuned base, before the first step")
+    max_new_tokens: int = Field(
+        256, ge=0, description="longest answer that is generated, for exact match; 0: loss only, no generation"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="what the output has: the weights after the last step, or those of the lowest held-out loss",
+    )
+    stop_after: int | None = Field(
+        None, ge=1, description="evaluations without a lower held-out loss after which training ends; null: never"
+    )
+    test: float = Field(
+        0.0, ge=0, lt=1, description="share of the rows, the last ones, that are judged apart, after the last step"
+    )
+    cool_down: float = Field(0.0, ge=0, le=1, description="share of the steps so far that cool a pausing run down")
+
+    @property
+    def goes_by_loss(self) -> bool:
+        """Whether what comes of training depends on the held-out loss."""
+        can_stop_early = self.stop_after is not None
+        return can_stop_early or self.keep == "best"

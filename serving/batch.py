@@ -27,10 +27,12 @@ class Batch:
     @property
     def kind(self) -> GraphKind:
         """What batches have in common that one graph can compute."""
-        adapters = self.adapters
-        needs = adapters.needs
+        needs = self.adapters.needs
         grouped = self.grouping.size
-        residents = [id(member.resident) for member in self.adapters.members]
+        residents: list[int] = []
+        for member in self.adapters.members:
+            resident = id(member.resident)
+            residents.append(resident)
         return self.rows, self.tail, self.parts, self.manner, needs, grouped, *residents
 
 

@@ -19,10 +19,12 @@ class Cache:
         self.pages = pages
         places = pages * PAGE
         numbers = range(1, pages)
-        size = (shape.layers, places, shape.kv_heads, shape.head_size)
+        from_last = reversed(numbers)
+        heads = shape.kv_heads
+        size = (shape.layers, places, heads, shape.head_size)
         self.key_LNHE = torch.zeros(size, dtype=dtype, device=device)
         self.value_LNHE = torch.zeros_like(self.key_LNHE)
-        self._free = list(reversed(numbers))
+        self._free = list(from_last)
         self._shared: dict[bytes, int] = {}  # pages by the key of what they hold
         self._key_of: dict[int, bytes] = {}
         self._users: dict[int, int] = {}  # how many sequences have a shared page
@@ -31,7 +33,8 @@ class Cache:
     @property
     def free_pages(self) -> int:
         """Number of pages that can be reserved: those of no use, and shared ones that no sequence has."""
-        return len(self._free) + len(self._unused)
+        of_no_use = len(self._free)
+        return of_no_use + len(self._unused)
 
     def reserve(self, count: int) -> list[int] | None:
         """So many pages, or None where fewer are free; shared ones that no sequence has are given up last."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
-from serving.error import RequestRefused
 from serving.forward import Chosen, Forward
 from serving.limits import Limits, check_start
 from serving.loading import loaded, tail_ranks
@@ -111,7 +110,8 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """The answers to requests, in their order: token ids. Where one is refused, none is started."""
-        return [sequence.answer for sequence in self.answered(requests)]
+        answered = self.answered(requests)
+        return [sequence.answer for sequence in answered]
 
     def answered(self, requests: Iterable[Request]) -> list[Sequence]:
         """Requests with their answers, and the log-probabilities of those that ask for them, in their order."""
@@ -147,7 +147,7 @@ class Engine:
         """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
         self.scheduler.admit()
         if self.scheduler.stuck:
-            self._refuse(self.scheduler.waiting.first())
+            self.scheduler.refuse_first()
         self._fill()
         if self.scheduler.running:
             self._advance()
@@ -207,7 +207,7 @@ class Engine:
         for sequence, _ in chosen:
             if sequence.uncomputed == 0:
                 self.scheduler.filled(sequence)
-        self._finish()
+        self.scheduler.finish_complete()
 
     def _begin_answers(self, chosen: Chosen, hidden_TD: Tensor) -> None:
         """Take the first token of each answer from the last row of its prompt."""
@@ -255,7 +255,7 @@ class Engine:
             for sequence, (token, score_of_token) in zip(ticket.sequences, tokens, strict=True):
                 if not sequence.finished:
                     self.scheduler.take(sequence, token, score_of_token)
-        self._finish()
+        self.scheduler.finish_complete()
 
     def _advance_plainly(self) -> None:
         """One more token of every running answer, in a pass that is not a graph."""
@@ -272,27 +272,15 @@ class Engine:
         for sequence in running:
             sequence.computed += 1
         self._take(running, hidden_TD)
-        self._finish()
+        self.scheduler.finish_complete()
 
     def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
-        for sequence, (token, score_of_token) in zip(sequences, tokens, strict=True):
+        answering = zip(sequences, tokens, strict=True)
+        for sequence, pair in answering:
+            token, score_of_token = pair
             self.scheduler.take(sequence, token, score_of_token)
-
-    def _finish(self) -> None:
-        """Free what sequences hold whose answers are complete."""
-        running = list(self.scheduler.running)
-        for sequence in running:
-            if sequence.finished:
-                self.scheduler.finish(sequence)
-
-    def _refuse(self, sequence: Sequence) -> None:
-        """Give up a request that does not fit though nothing else runs: pinned adapters have all room or pages."""
-        self.scheduler.drop(sequence)
-        refusal = "request: found no room on the device for its adapter, or no pages, beside those that are pinned"
-        sequence.refusal = RequestRefused(refusal)
-        raise sequence.refusal
 
     def _runner(self, rows: int, ranks: int) -> "Runner":
         """What decodes on a GPU, with so many rows and so many ranks behind the base's weights."""

@@ -56,9 +56,7 @@ class Forward:
         adapters = adapters.to(self.device)
         logits_TV = self.decoder.logits(hidden_TD, adapters)
         chosen = self._chosen_tokens(sequences, logits_TV)
-        tokens: list[int] = chosen.token_T.tolist()
-        scores: list[float] = chosen.score_T.tolist()
-        return list(zip(tokens, scores, strict=True))
+        return chosen.pairs()
 
     def prepare_resident(self, resident: Resident) -> bool:
         """Make ready what an adapter has beside its block; False where its virtual tokens find no pages."""
@@ -83,9 +81,11 @@ class Forward:
         """The token that each sequence's request takes from its logits."""
         requests = [sequence.request for sequence in sequences]
         numbers = [len(sequence.answer) for sequence in sequences]
-        number_T = torch.tensor(numbers, device=self.device)
-        choice = Choice.of(requests, self.device)
-        return choose(logits_TV, Manner.of(requests), choice, number_T)
+        device = self.device
+        number_T = torch.tensor(numbers, device=device)
+        manner = Manner.of(requests)
+        choice = Choice.of(requests, device)
+        return choose(logits_TV, manner, choice, number_T)
 
     def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         """The same on the device, where it is there."""

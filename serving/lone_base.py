@@ -26,18 +26,23 @@ class LoneBase:
 
     def file(self, kept: Path, task: str) -> AnswersFile:
         """The file of the answers to a task below a folder, by what decides on them."""
-        file = AnswersFile(kept / base_key(self._head) / task / "base.jsonl")
-        file.begin({**self._head, "task": task})
+        folder = kept / base_key(self._head) / task
+        file = AnswersFile(folder / "base.jsonl")
+        head = {**self._head, "task": task}
+        file.begin(head)
         return file
 
     def ask(self, questions: list[Question], file: AnswersFile, progress: AnswersProgress) -> None:
         """Ask questions, and write each answer into a file soon after it is there."""
         if self._model is None:
-            self._model = loaded(self._place, base_dtype(), self._revision)
+            dtype = base_dtype()
+            self._model = loaded(self._place, dtype, self._revision)
         sizes = sizes_for(self._model.config, questions, [])
         engine = Engine(self._model, **sizes)
         asking = Asking(engine, self._decode, progress)
-        asking.ask([Assignment(question, None, file) for question in questions])
+        assignments = [Assignment(question, None, file) for question in questions]
+        asking.ask(assignments)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return str(text)

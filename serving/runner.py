@@ -48,16 +48,13 @@ class Ticket:
     """A step that was launched: whose tokens it computes, and where they will be."""
 
     sequences: list[Sequence]
-    token_T: Tensor  # on the host
-    score_T: Tensor
+    chosen: NextTokens  # on the host
     done: Any
 
     def tokens(self) -> list[tuple[int, float]]:
         """The tokens and their log-probabilities, when they are there."""
         self.done.synchronize()
-        tokens: list[int] = self.token_T.tolist()
-        scores: list[float] = self.score_T.tolist()
-        return list(zip(tokens, scores, strict=True))
+        return self.chosen.pairs()
 
 
 class Runner:
@@ -96,7 +93,8 @@ class Runner:
         score_T = _copied(self.rows.score_T[:count], self._scores)
         done = torch.cuda.Event()
         done.record()
-        return Ticket(self.sequences, token_T, score_T, done)
+        chosen = NextTokens(token_T, score_T)
+        return Ticket(self.sequences, chosen, done)
 
     def _count(self) -> int:
         """The rows of a graph in which all sequences have one."""

@@ -23,6 +23,13 @@ class NextTokens(NamedTuple):
     token_T: Tensor
     score_T: Tensor
 
+    def pairs(self) -> list[tuple[int, float]]:
+        """The token and the log-probability of each row, as numbers."""
+        tokens: list[int] = self.token_T.tolist()
+        scores: list[float] = self.score_T.tolist()
+        pairs = zip(tokens, scores, strict=True)
+        return list(pairs)
+
 
 @dataclass(frozen=True)
 class Manner:
@@ -35,10 +42,12 @@ class Manner:
     @classmethod
     def of(cls, requests: Rows[Request]) -> "Manner":
         """What these requests take."""
-        is_greedy = all(request.is_greedy for request in requests)
-        truncates = any(request.is_truncated for request in requests)
-        scores = any(request.scores_answer for request in requests)
-        return cls(is_greedy, truncates and not is_greedy, scores)
+        greedy = [request.is_greedy for request in requests]
+        truncated = [request.is_truncated for request in requests]
+        scored = [request.scores_answer for request in requests]
+        is_greedy = all(greedy)
+        truncates = any(truncated) and not is_greedy
+        return cls(is_greedy, truncates, any(scored))
 
 
 @dataclass

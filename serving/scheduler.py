@@ -7,6 +7,7 @@ what is admitted can always be finished.
 from collections.abc import Callable
 
 from serving.cache import PAGE, Cache, pages_for
+from serving.error import RequestRefused
 from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
@@ -46,7 +47,9 @@ class Scheduler:
     @property
     def stuck(self) -> bool:
         """Whether the first that waits does not fit though nothing else is admitted."""
-        return bool(self.waiting) and not self._admitted
+        if self._admitted:
+            return False
+        return bool(self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -118,6 +121,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._free(sequence)
 
+    def finish_complete(self) -> None:
+        """Free what sequences hold whose answers are complete."""
+        running = list(self.running)
+        for sequence in running:
+            if sequence.finished:
+                self.finish(sequence)
+
     def cancel(self, sequence: Sequence) -> None:
         """Let a sequence go unanswered, wherever it is; nothing happens to one that is finished."""
         if sequence in self.filling:
@@ -131,6 +141,14 @@ class Scheduler:
     def drop(self, sequence: Sequence) -> None:
         """Let a sequence that waits go unanswered."""
         self.waiting.remove(sequence)
+
+    def refuse_first(self) -> None:
+        """Give up the first that waits, which does not fit though nothing else runs. Raises RequestRefused."""
+        sequence = self.waiting.first()
+        self.drop(sequence)
+        refusal = "request: found no room on the device for its adapter, or no pages, beside those that are pinned"
+        sequence.refusal = RequestRefused(refusal)
+        raise sequence.refusal
 
     def _free(self, sequence: Sequence) -> None:
         """Free the pages of a sequence, and its adapter's room for others."""

@@ -51,7 +51,9 @@ def scored_rows(sequence: Sequence, span: Span) -> Scored:
     stop = first + span.count
     low = max(sequence.scored_from, first)
     high = min(len(prompt), stop)
-    return Scored(sequence, span.row + low - first, prompt[low:high])
+    row = span.row + low - first
+    tokens = prompt[low:high]
+    return Scored(sequence, row, tokens)
 
 
 def in_parts(scored: list[Scored], size: int) -> Iterator[list[Scored]]:

@@ -32,7 +32,9 @@ class Request:
     @property
     def is_truncated(self) -> bool:
         """Whether a draw leaves tokens out."""
-        return self.top_k > 0 or self.top_p < 1
+        if self.top_k > 0:
+            return True
+        return self.top_p < 1
 
     @property
     def is_greedy(self) -> bool:

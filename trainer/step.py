@@ -114,7 +114,8 @@ class Sums:
 
     def add_mean(self, name: str, value: float) -> None:
         """Add a metric of this rank, of which the mean over ranks is reported."""
-        share = value / dist.get_world_size()
+        world_size = dist.get_world_size()
+        share = value / world_size
         self.metrics[name] = self.loss.new_tensor(share)
 
 

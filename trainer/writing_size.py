@@ -9,4 +9,6 @@ def cached_tokens(positions: int, bytes_of_token: int) -> int:
     """The tokens whose keys and values are kept, where an answer with its prompt has at most so many `positions`."""
     needed = positions * ANSWERS_AT_ONCE
     allowed = CACHE_BYTES // max(1, bytes_of_token)
-    return max(2 * positions, min(needed, CACHED_TOKENS, allowed))
+    kept = min(needed, CACHED_TOKENS, allowed)
+    of_two_answers = 2 * positions
+    return max(of_two_answers, kept)

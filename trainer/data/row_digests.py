@@ -25,7 +25,11 @@ def picked_rows(source: str, numbers: Iterable[int]) -> Records:
 
 def row_digests(source: str, numbers: Iterable[int]) -> dict[int, str]:
     """The digest of the content of some rows, by their number."""
-    return {number: row_digest(record) for number, record in picked_rows(source, numbers)}
+    by_number: dict[int, str] = {}
+    for number, record in picked_rows(source, numbers):
+        digest = row_digest(record)
+        by_number[number] = digest
+    return by_number
 
 
 def row_digest(record: Any) -> str:

@@ -112,7 +112,8 @@ class GroupPolicy(Objective):
         groups = list(chain.from_iterable(dealt))
         groups.sort(key=attrgetter("place"))
         rollout = recorded_groups(groups, self.setup.reading.ends)
-        rollout["adapter"] = np.frombuffer(digest.encode(), np.uint8)
+        letters = digest.encode()
+        rollout["adapter"] = np.frombuffer(letters, np.uint8)
         return rollout
 
     def complete_rollout(

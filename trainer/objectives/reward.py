@@ -100,7 +100,8 @@ class RewardModel(OnPairs):
     def policy(self, model: nn.Module, batch: TensorsByName) -> torch.Tensor:
         """The scores [D] of a micro-batch's documents, fp64."""
         scores_D1 = labels.logits(model, batch)
-        scores_D = self.kernels.sequence.whole(scores_D1[:, 0], batch)
+        own_D = scores_D1[:, 0]
+        scores_D = self.kernels.sequence.whole(own_D, batch)
         return scores_D.double()
 
     def loss(self, model: nn.Module, batch: TensorsByName, totals: Totals, prelude: TensorsByName) -> Shares:  # noqa: ARG002
