@@ -1,0 +1,58 @@
+"""Stage 3 by decoder layers: each is gathered at once, instead of each small module of it when its turn comes.
+
+A model with LoRA has some twenty modules with weights in a layer. DeepSpeed hooks each of them four times, and looks
+for what to gather and to release in each hook; with a layer as its unit (a leaf, in its words) that is done once.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.zero.gather import shape
+
+Arguments = tuple[Any, ...]
+Named = dict[str, Any]  # arguments by name
+
+
+def gather_by_layer(model: nn.Module) -> int:
+    """Have an engine that is made of this model gather by decoder layers; gives the elements of the largest one.
+
+    It is 0 where the model has no such layers, or where they share weights, whose gradients are complete only when
+    the last of these layers had its backward pass: then all is gathered module by module.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    owners: dict[nn.Parameter, nn.Module] = {}
+    largest = 0
+    layers = []
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            layers.append(module)
+    for layer in layers:
+        elements = 0
+        for parameter in layer.parameters():
+            if parameter in owners:
+                return 0
+            owners[parameter] = layer
+            elements += shape(parameter).numel()
+        largest = max(largest, elements)
+    for layer in layers:
+        layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+    set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+    return largest
+
+
+def _with_gradient(_: nn.Module, values: Arguments, named: Named) -> tuple[Arguments, Named]:
+    """What a layer is given, its hidden states first and with a gradient.
+
+    DeepSpeed reduces a layer's gradients, and releases its weights, when the gradient of its first argument is there;
+    the first layer of a frozen base would have none.
+    """
+    if not values:
+        values = (named.pop("hidden_states"),)
+    hidden, *others = values
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return (hidden, *others), named
