@@ -1,4 +1,4 @@
-"""ZeRO 3 by decoder layers: gathers and hooks are counted, losses are those of ZeRO 2, and linears keep what they must.
+"""ZeRO 3 by decoder layers: gathers and hooks are counted, losses are those of ZeRO 2, linears keep what they must.
 
 Weights of the tiny base are so small that they would all be resident; here none is, or only factors of adapters are.
 """
@@ -57,9 +57,20 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
 
     kind = case["kind"]
     lr = TRAIN[kind]["lr"]
-    settings = {"steps": STEPS, "batch_tokens": 64, "lr": lr, "gradient_checkpointing": case.get("checkpointed", False)}
+    settings = {
+        "steps": STEPS,
+        "batch_tokens": 64,
+        "lr": lr,
+        "gradient_checkpointing": case.get("checkpointed", False),
+    }
     data = {"train": "/x.jsonl", "seq_len": LENGTH}
-    parts = {"base": base, "method": METHODS[kind], "train": settings, "data": data, "sharding": {"zero": case["zero"]}}
+    parts = {
+        "base": base,
+        "method": METHODS[kind],
+        "train": settings,
+        "data": data,
+        "sharding": {"zero": case["zero"]},
+    }
     job = Job.model_validate(parts)
     from transformers import AutoTokenizer
 
@@ -97,7 +108,8 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
     if job.sharding.zero == 3:
         offload = sharded.engine.optimizer.parameter_offload
         hooks = len(offload.forward_hooks) + len(offload.backward_hooks)
-    return {"curve": curve, "gathers": len(sent), "elements": sum(sent), "hooks": hooks}
+    sizes = [gather.shape(parameter).numel() for parameter in model.parameters()]
+    return {"curve": curve, "gathers": len(sent), "elements": sum(sent), "hooks": hooks, "sizes": sizes}
 
 
 def run(folder: Path, base: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,7 +121,7 @@ def run(folder: Path, base: Path, cases: list[dict[str, Any]]) -> list[dict[str,
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap
-@pytest.mark.parametrize("kinds", sampled(KINDS, 3))
+@pytest.mark.parametrize("kinds", sampled(KINDS, 2))
 @pytest.mark.timeout(1800)
 def test_sharded_layers_train_as_at_zero_2(kinds: list[str], tiny_base: Path, tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [
@@ -130,8 +142,12 @@ def test_sharded_layers_train_as_at_zero_2(kinds: list[str], tiny_base: Path, tm
 def test_a_layer_is_gathered_at_once(tiny_base: Path, tmp_path: Path) -> None:
     lora = {"kind": "lora", "zero": 3, "resident": 500}
     by_layer, by_module = run(tmp_path, tiny_base, [lora, {**lora, "by_layer": False}])
-    assert by_layer["hooks"] * 5 < by_module["hooks"]
-    print(by_layer, by_module)
+    assert by_layer["hooks"] * 10 < by_module["hooks"]
+    sharded = sum(size for size in by_layer["sizes"] if size > 500)
+    resident = sum(size for size in by_layer["sizes"] if size <= 500)
+    # What is sharded comes once a pass, and what is resident once a step, with its layer.
+    assert by_layer["elements"] == PASSES * sharded + resident
+    assert by_layer["gathers"] <= PASSES * 4  # two layers, and what is outside of them
 
 
 def test_a_linear_layer_keeps_its_input_only_where_it_is_trained() -> None:
@@ -148,8 +164,7 @@ def test_a_linear_layer_keeps_its_input_only_where_it_is_trained() -> None:
             x, kept, wanted = torch.randn(2, 3, 8), what_is_kept(ours, dtype), what_is_kept(plain, dtype)
             (found, tensors), (expected, _) = kept(x), wanted(x)
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-            inputs = [tensor for tensor in tensors if tensor.shape == x.shape]
-            assert [tensor.dtype for tensor in inputs] == [dtype] * trained
+            assert [tensor.dtype for tensor in tensors if tensor.shape == x.shape] == [torch.float32] * trained
             assert [tensor is ours.weight for tensor in tensors if tensor.shape == (6, 8)] == [True]
 
 

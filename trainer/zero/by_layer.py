@@ -4,10 +4,12 @@ A model with LoRA has some twenty modules with weights in a layer. DeepSpeed hoo
 for what to gather and to release in each hook; with a layer as its unit (a leaf, in its words) that is done once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.zero.gather import shape
 
@@ -15,33 +17,45 @@ Arguments = tuple[Any, ...]
 Named = dict[str, Any]  # arguments by name
 
 
+def largest_layer(model: nn.Module) -> int:
+    """The elements of the largest decoder layer, which are gathered at once.
+
+    It is 0 where a model has no such layers, or where they share weights: their gradients are complete only when the
+    last of these layers had its backward pass.
+    """
+    seen: set[nn.Parameter] = set()
+    largest = 0
+    for layer in _decoder_layers(model):
+        elements = 0
+        for parameter in layer.parameters():
+            if parameter in seen:
+                return 0
+            seen.add(parameter)
+            elements += shape(parameter).numel()
+        largest = max(largest, elements)
+    return largest
+
+
 def gather_by_layer(model: nn.Module) -> int:
     """Have an engine that is made of this model gather by decoder layers; gives the elements of the largest one.
 
-    It is 0 where the model has no such layers, or where they share weights, whose gradients are complete only when
-    the last of these layers had its backward pass: then all is gathered module by module.
+    Where that is 0, all is gathered module by module.
     """
     from deepspeed.utils import set_z3_leaf_modules
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    owners: dict[nn.Parameter, nn.Module] = {}
-    largest = 0
-    layers = []
+    largest = largest_layer(model)
+    if largest:
+        for layer in _decoder_layers(model):
+            layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+        set_z3_leaf_modules(model, [GradientCheckpointingLayer])
+    return largest
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a base of transformers, those that it would checkpoint."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            layers.append(module)
-    for layer in layers:
-        elements = 0
-        for parameter in layer.parameters():
-            if parameter in owners:
-                return 0
-            owners[parameter] = layer
-            elements += shape(parameter).numel()
-        largest = max(largest, elements)
-    for layer in layers:
-        layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
-    set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
-    return largest
+            yield module
 
 
 def _with_gradient(_: nn.Module, values: Arguments, named: Named) -> tuple[Arguments, Named]:

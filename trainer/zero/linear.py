@@ -20,10 +20,6 @@ class ShardedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x Wᵀ + b, in autocast's dtype where there is one."""
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            input = input.to(dtype)
         product: Tensor = _ProductOfSharded.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return product
 
@@ -41,25 +37,37 @@ class _ProductOfSharded(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # As it is given, as several layers may be given the same.
         kept = value if weight.requires_grad else None
         ctx.save_for_backward(kept, weight)
         # Cast here, as autocast would keep what it casts until the whole forward pass ends.
-        same_OI = weight.to(value.dtype)
-        same_O = None if bias is None else bias.to(value.dtype)
-        return linear(value, same_OI, same_O)
+        dtype = _dtype_of_product(value)
+        same_OI = weight.to(dtype)
+        same_O = None if bias is None else bias.to(dtype)
+        return linear(value.to(dtype), same_OI, same_O)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         value, weight_OI = ctx.saved_tensors
         to_value, to_weight, to_bias = ctx.needs_input_grad
+        dtype = slope.dtype
         slope_NO = slope.flatten(0, -2)
         of_value = None
         if to_value:
-            same_OI = weight_OI.to(slope.dtype)
+            same_OI = weight_OI.to(dtype)
             of_value = slope.matmul(same_OI)
         of_weight = None
         if to_weight:
-            value_NI = value.flatten(0, -2)
+            same = value.to(dtype)
+            value_NI = same.flatten(0, -2)
             of_weight = slope_NO.t().matmul(value_NI)
         of_bias = slope_NO.sum(0) if to_bias else None
         return of_value, of_weight, of_bias
+
+
+def _dtype_of_product(value: Tensor) -> torch.dtype:
+    """In which dtype a linear layer computes: autocast's, or that of its input."""
+    kind = value.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return value.dtype
