@@ -26,13 +26,14 @@ from runfolder.job import Job
 from trainer.base import load_model
 from trainer.data.tokens import virtual_ids
 from trainer.world import join_process_group
-from trainer.zero import engine, gather
+from trainer.zero import by_layer, engine, gather
 from trainer.zero.by_layer import gather_by_layer
 from trainer.zero.linear import ShardedLinear, shard_linears
 from trainer.zero.sharded import ShardedModel
 
 STEPS, PASSES, ROWS, LENGTH = 8, 2, 4, 16
-KINDS = sorted(set(METHODS) - {"qlora"})  # a base in 4 bits is whole on every rank
+VARIANTS = {**METHODS, "lisa": {"kind": "full", "lisa_layers": 1, "lisa_every": 2}}
+NAMES = sorted(set(VARIANTS) - {"qlora"})  # a base in 4 bits is whole on every rank
 
 
 def train(rank: int, folder: str, port: int, base: str, cases: list[dict[str, Any]]) -> None:
@@ -41,11 +42,11 @@ def train(rank: int, folder: str, port: int, base: str, cases: list[dict[str, An
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     join_process_group()
     torch.set_num_threads(1)
-    by_layer: Callable[[nn.Module], int] = engine.gather_by_layer
+    at_once: Callable[[nn.Module], int] = engine.gather_by_layer
     found = []
     for case in cases:
         engine.RESIDENT = case["resident"]
-        engine.gather_by_layer = by_layer if case.get("by_layer", True) else lambda _: 0
+        engine.gather_by_layer = at_once if case.get("at_once", True) else lambda _: 0
         found.append(curve_of(rank, base, case))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -55,8 +56,8 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
     """Losses and gradient norms of a case, and what its last step gathered."""
     from deepspeed.comm import comm
 
-    kind = case["kind"]
-    lr = TRAIN[kind]["lr"]
+    method_options = VARIANTS[case["name"]]
+    lr = TRAIN[method_options["kind"]]["lr"]
     settings = {
         "steps": STEPS,
         "batch_tokens": 64,
@@ -66,7 +67,7 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
     data = {"train": "/x.jsonl", "seq_len": LENGTH}
     parts = {
         "base": base,
-        "method": METHODS[kind],
+        "method": method_options,
         "train": settings,
         "data": data,
         "sharding": {"zero": case["zero"]},
@@ -121,33 +122,33 @@ def run(folder: Path, base: Path, cases: list[dict[str, Any]]) -> list[dict[str,
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap
-@pytest.mark.parametrize("kinds", sampled(KINDS, 2))
+@pytest.mark.parametrize("names", sampled(NAMES, 2))
 @pytest.mark.timeout(1800)
-def test_sharded_layers_train_as_at_zero_2(kinds: list[str], tiny_base: Path, tmp_path: Path) -> None:
+def test_sharded_layers_train_as_at_zero_2(names: list[str], tiny_base: Path, tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [
         {"zero": 2, "resident": 0},
         {"zero": 3, "resident": 0},
         {"zero": 3, "resident": 500, "checkpointed": True},
     ]
-    cases = [{"kind": kind, **variant} for kind in kinds for variant in variants]
+    cases = [{"name": name, **variant} for name in names for variant in variants]
     found = run(tmp_path, tiny_base, cases)
-    for number, kind in enumerate(kinds):
+    for number, name in enumerate(names):
         expected, *others = found[len(variants) * number :][: len(variants)]
         for other in others:
-            assert difference(other["curve"], expected["curve"]) < 1e-6, (kind, other)
+            assert difference(other["curve"], expected["curve"]) < 1e-6, (name, other)
             assert other["gathers"] > 0
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap
 def test_a_layer_is_gathered_at_once(tiny_base: Path, tmp_path: Path) -> None:
-    lora = {"kind": "lora", "zero": 3, "resident": 500}
-    by_layer, by_module = run(tmp_path, tiny_base, [lora, {**lora, "by_layer": False}])
-    assert by_layer["hooks"] * 10 < by_module["hooks"]
-    sharded = sum(size for size in by_layer["sizes"] if size > 500)
-    resident = sum(size for size in by_layer["sizes"] if size <= 500)
+    lora = {"name": "lora", "zero": 3, "resident": 500}
+    found, by_module = run(tmp_path, tiny_base, [lora, {**lora, "at_once": False}])
+    assert found["hooks"] * 10 < by_module["hooks"]
+    sharded = sum(size for size in found["sizes"] if size > 500)
+    resident = sum(size for size in found["sizes"] if size <= 500)
     # What is sharded comes once a pass, and what is resident once a step, with its layer.
-    assert by_layer["elements"] == PASSES * sharded + resident
-    assert by_layer["gathers"] <= PASSES * 4  # two layers, and what is outside of them
+    assert found["elements"] == PASSES * sharded + resident
+    assert found["gathers"] <= PASSES * 4  # two layers, and what is outside of them
 
 
 def test_a_linear_layer_keeps_its_input_only_where_it_is_trained() -> None:
@@ -227,6 +228,11 @@ def test_layers_that_share_weights_are_gathered_module_by_module() -> None:
     model[1].linear = model[0].linear
     assert gather_by_layer(model) == 0
     assert leaves(model) == 0
+
+
+def test_layers_larger_than_may_be_gathered_are_not_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_layer, "LIVE", 19)
+    assert gather_by_layer(Layer()) == 0
 
 
 def test_hidden_states_that_have_a_name_come_first_and_with_a_gradient() -> None:

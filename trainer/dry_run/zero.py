@@ -9,10 +9,10 @@ reduced. What is shared is rounded up.
 from dataclasses import dataclass
 
 from trainer.dry_run.ledger import Bytes
+from trainer.zero.by_layer import LIVE
 from trainer.zero.engine import config
 
 FP32 = 4  # bytes of an element
-LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from methods.base import Keywords
 from trainer.zero.gather import shape
 
-Arguments = tuple[Any, ...]
-Named = dict[str, Any]  # arguments by name
+LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
+Positional = tuple[Any, ...]
 
 
 def largest_layer(model: nn.Module) -> int:
     """The elements of the largest decoder layer, which are gathered at once.
 
-    It is 0 where a model has no such layers, or where they share weights: their gradients are complete only when the
-    last of these layers had its backward pass.
+    It is 0 where a model has no such layers, where one is larger than what may be gathered, or where they share
+    weights: their gradients are complete only when the last of these layers had its backward pass.
     """
     seen: set[nn.Parameter] = set()
     largest = 0
@@ -33,7 +34,7 @@ def largest_layer(model: nn.Module) -> int:
             seen.add(parameter)
             elements += shape(parameter).numel()
         largest = max(largest, elements)
-    return largest
+    return largest if largest <= LIVE else 0
 
 
 def gather_by_layer(model: nn.Module) -> int:
@@ -58,7 +59,7 @@ def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _with_gradient(_: nn.Module, values: Arguments, named: Named) -> tuple[Arguments, Named]:
+def _with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:
     """What a layer is given, its hidden states first and with a gradient.
 
     DeepSpeed reduces a layer's gradients, and releases its weights, when the gradient of its first argument is there;
