@@ -33,7 +33,7 @@ def forecast(
     passes = Passes(job, documents, dtype, fast)
     found = whole_base(passes, config)
     element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
-    weights = Weights(found.trained, found.frozen, element, found.held, job.sharding.offloads)
+    weights = Weights(found.trained, found.frozen, element, found.held, job.sharding.offloads, found.of_layer)
     stage = job.sharding.zero
     workers = job.resources.world_size
     alone = dict(found.moments)

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.amp import custom_bwd, custom_fwd
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.dry_run.kernels import unread_losses
@@ -18,44 +17,10 @@ from trainer.dry_run.kernels import unread_losses
 PositionIds = npt.NDArray[Any]  # [B, T] of a micro-batch
 
 
-class _KeptInput(torch.autograd.Function):
-    """A linear layer's product as DeepSpeed has it at stage 3: it keeps its input though the weight is frozen.
-
-    It keeps what it is given, before autocast: deepspeed/runtime/zero/linear.py.
-    """
-
-    @staticmethod
-    @custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
-    def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(value, weight)
-        product = value.matmul(weight.t())
-        return product if bias is None else product + bias
-
-    @staticmethod
-    @custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        value, weight = ctx.saved_tensors
-        to_value, to_weight, to_bias = ctx.needs_input_grad
-        slope_NO = slope.flatten(0, -2)
-        of_weight = None
-        if to_weight:
-            value_NI = value.flatten(0, -2)
-            of_weight = slope_NO.t().matmul(value_NI)
-        of_bias = slope_NO.sum(0) if to_bias else None
-        return slope.matmul(weight) if to_value else None, of_weight, of_bias
-
-
-def _keeping_linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    apply: Any = _KeptInput.apply
-    return apply(value, weight, bias)
-
-
 @contextmanager
-def stand_ins(position_BT: PositionIds, stage: int) -> Iterator[None]:
-    """Within it, a model runs on a micro-batch with these positions, at a ZeRO stage."""
+def stand_ins(position_BT: PositionIds) -> Iterator[None]:
+    """Within it, a model runs on a micro-batch with these positions."""
     with ExitStack() as patched:
-        if stage == 3:
-            patched.enter_context(patch("torch.nn.functional.linear", _keeping_linear))
         patched.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _attention))
         patched.enter_context(patch("trainer.kernels.head.chunk_losses", unread_losses))
         patched.enter_context(_known_positions(position_BT))

@@ -40,7 +40,9 @@ from trainer.objectives.registry import create_objective
 from trainer.shared_rows.attention import share_rows
 from trainer.shared_rows.group import OWN_ROWS, SequenceGroup
 from trainer.speed import count_trained
-from trainer.zero.engine import Alone
+from trainer.zero.by_layer import largest_layer
+from trainer.zero.engine import RESIDENT, Alone
+from trainer.zero.linear import shard_linears
 from trainer.zero.sharded import ShardedModel
 
 MICRO_BATCHES = (1, 2)  # of each step
@@ -76,6 +78,7 @@ class TriedPasses:
     trained: int
     frozen: int
     held: int = 0  # bytes in 4 bits
+    of_layer: int = 0  # elements of the largest layer
 
 
 class DryRun:
@@ -115,7 +118,8 @@ class DryRun:
             _take_steps(passes, method, model, ledger, kernels)
         trained = count_trained(model)
         weights = sum(parameter.numel() for parameter in model.parameters())
-        return TriedPasses(ledger.peaks, trained, weights - trained, held)
+        of_layer = largest_layer(model)
+        return TriedPasses(ledger.peaks, trained, weights - trained, held, of_layer)
 
 
 def _take_steps(
@@ -142,7 +146,9 @@ def _take_steps(
     # On a GPU, AdamW takes many weights at once by itself.
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
-    with stand_ins(of_rows["position_ids"], job.sharding.zero):
+    if job.sharding.zero == 3:
+        shard_linears(model, RESIDENT)
+    with stand_ins(of_rows["position_ids"]):
         sharded = ShardedModel(model, method, 0, job.lr, adam, Alone, job.sharding.offloads)
         _count_moments(sharded, ledger)
         for count in MICRO_BATCHES:

@@ -2,16 +2,17 @@
 
 DeepSpeed keeps an fp32 copy of a worker's part of the trained weights at stages 1 to 3 (none where moments are on the
 host), and buckets in which gradients lie as they are reduced. At stage 3 weights that were gathered stay for a while,
-up to a number of elements. What is shared is rounded up.
+up to a number of elements, while a layer is on its way; and a layer's gradients are there together before they are
+reduced. What is shared is rounded up.
 """
 
 from dataclasses import dataclass
 
 from trainer.dry_run.ledger import Bytes
+from trainer.zero.by_layer import LIVE
 from trainer.zero.engine import config
 
 FP32 = 4  # bytes of an element
-LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Weights:
     """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each.
 
     `held` are the bytes of those in 4 bits, which every worker has whole. `offloaded` says that moments are on the
-    host, and what is on the device of them are buffers.
+    host, and what is on the device of them are buffers. `of_layer` are the elements of the largest layer.
     """
 
     trained: int
@@ -27,6 +28,7 @@ class Weights:
     element: int
     held: int = 0
     offloaded: bool = False
+    of_layer: int = 0
 
 
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
@@ -46,14 +48,16 @@ def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
     if stage == 3:
         to_share = alone["weights"] - weights.held
         parts["weights"] = weights.held + -(-to_share // workers)
+        parts["gradients"] += min(weights.of_layer, weights.trained) * FP32
         if workers > 1:
             parts["gathers"] += _gathered(weights)
     return parts
 
 
 def _gathered(weights: Weights) -> int:
-    """Bytes of weights that stay gathered, at most."""
+    """Bytes of weights that stay gathered, at most, and of the buffer in which a layer comes."""
     trained = min(weights.trained, LIVE)
     frozen = min(weights.frozen, LIVE - trained)
+    buffer = weights.of_layer * weights.element
     frozen_bytes = frozen * weights.element
-    return frozen_bytes + trained * FP32
+    return frozen_bytes + trained * FP32 + buffer

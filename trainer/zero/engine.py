@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.zero.by_layer import gather_by_layer
+from trainer.zero.gather import shape
+from trainer.zero.linear import shard_linears
+
 VERSION = "0.19.8"
 ONE_GROUP = 10**15  # elements; more than any model has, so that stage 3 keeps all trained weights in one flat slice
+RESIDENT = 10**6  # elements up to which stage 3 keeps a parameter whole: norms, and the factors of most adapters
 
 
 class Placeholder(torch.optim.Optimizer):
@@ -46,8 +51,11 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def config(stage: int, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a stage, for so many trained elements."""
+def config(stage: int, trained: int, of_layer: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage, for so many trained elements, and so many elements of the largest layer.
+
+    At stage 3 the next layer is gathered while one computes.
+    """
     bucket = min(50_000_000, trained)
     bucket = max(2**20, bucket)
     sharding: dict[str, Any] = {"stage": stage}
@@ -57,7 +65,9 @@ def config(stage: int, trained: int) -> dict[str, Any]:
         sharding["compute_grad_norm"] = False
     if stage == 3:
         sharding["sub_group_size"] = ONE_GROUP
-        sharding["stage3_prefetch_bucket_size"] = bucket
+        sharding["stage3_prefetch_bucket_size"] = max(bucket, of_layer)
+        sharding["stage3_param_persistence_threshold"] = RESIDENT
+        sharding["memory_efficient_linear"] = False  # ours keeps less
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -77,9 +87,16 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int)
     trained = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            trained += parameter.numel()
-    configuration = config(stage, trained)
+            trained += shape(parameter).numel()
+    of_layer = 0
+    if stage == 3:
+        of_layer = gather_by_layer(model)
+        shard_linears(model, RESIDENT)
+    configuration = config(stage, trained, of_layer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration)
+    if stage == 3:
+        # DeepSpeed would gather each resident parameter by itself after a step; so they come with their layers.
+        engine.optimizer.persistent_parameters.clear()
     return engine
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
+def shape(parameter: torch.Tensor) -> torch.Size:
     """The whole shape of a parameter, sharded or not."""
     whole = getattr(parameter, "ds_shape", parameter.shape)
     return torch.Size(whole)

@@ -1,0 +1,73 @@
+"""Stage 3 by decoder layers: each is gathered at once, instead of each small module of it when its turn comes.
+
+A model with LoRA has some twenty modules with weights in a layer. DeepSpeed hooks each of them four times, and looks
+for what to gather and to release in each hook; with a layer as its unit (a leaf, in its words) that is done once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from methods.base import Keywords
+from trainer.zero.gather import shape
+
+LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
+Positional = tuple[Any, ...]
+
+
+def largest_layer(model: nn.Module) -> int:
+    """The elements of the largest decoder layer, which are gathered at once.
+
+    It is 0 where a model has no such layers, where one is larger than what may be gathered, or where they share
+    weights: their gradients are complete only when the last of these layers had its backward pass.
+    """
+    seen: set[nn.Parameter] = set()
+    largest = 0
+    for layer in _decoder_layers(model):
+        elements = 0
+        for parameter in layer.parameters():
+            if parameter in seen:
+                return 0
+            seen.add(parameter)
+            elements += shape(parameter).numel()
+        largest = max(largest, elements)
+    return largest if largest <= LIVE else 0
+
+
+def gather_by_layer(model: nn.Module) -> int:
+    """Have an engine that is made of this model gather by decoder layers; gives the elements of the largest one.
+
+    Where that is 0, all is gathered module by module.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    largest = largest_layer(model)
+    if largest:
+        for layer in _decoder_layers(model):
+            layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+        set_z3_leaf_modules(model, [GradientCheckpointingLayer])
+    return largest
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a base of transformers, those that it would checkpoint."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            yield module
+
+
+def _with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:
+    """What a layer is given, its hidden states first and with a gradient.
+
+    DeepSpeed reduces a layer's gradients, and releases its weights, when the gradient of its first argument is there;
+    the first layer of a frozen base would have none.
+    """
+    if not values:
+        values = (named.pop("hidden_states"),)
+    hidden, *others = values
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return (hidden, *others), named
