@@ -79,10 +79,12 @@ class GroupWriter:
     def load(self) -> str:
         """Take over the adapter as it is now; gives its digest."""
         weights = {}
-        changed = set(self._method.changed_frozen(self._model))
+        changed_frozen = self._method.changed_frozen(self._model)
+        changed = set(changed_frozen)
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad or name in changed:
-                weights[name] = parameter.detach().to("cpu", copy=True)
+                value = parameter.detach()
+                weights[name] = value.to("cpu", copy=True)
         self._export.write(weights)
         return self.engine.load(TRAINED, self._export.folder)
 

@@ -58,6 +58,7 @@ def _gathered(weights: Weights) -> int:
     """Bytes of weights that stay gathered, at most, and of the buffer in which a layer comes."""
     trained = min(weights.trained, LIVE)
     frozen = min(weights.frozen, LIVE - trained)
-    buffer = weights.of_layer * weights.element
+    trained_bytes = trained * FP32
     frozen_bytes = frozen * weights.element
-    return frozen_bytes + trained * FP32 + buffer
+    buffer = weights.of_layer * weights.element
+    return trained_bytes + frozen_bytes + buffer

@@ -27,7 +27,10 @@ class ShardedLinear(nn.Linear):
 def shard_linears(model: nn.Module, resident: int) -> None:
     """Make the linear layers of a model, but for those with at most so many weights, ready for sharded weights."""
     for module in model.modules():
-        if type(module) is nn.Linear and shape(module.weight).numel() > resident:
+        if type(module) is not nn.Linear:
+            continue
+        whole = shape(module.weight)
+        if whole.numel() > resident:
             # A class, and no attribute of the module: what looks for linear layers still finds them.
             module.__class__ = ShardedLinear
 
