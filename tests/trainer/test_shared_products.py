@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 from methods.adalora import AdaLoraTuning
 from methods.base import Setup
 from methods.options.low_rank import AdaLora
-from trainer.kernels.layers import decoder_layers
 from trainer.kernels.shared_products import share_products
+from trainer.zero.by_layer import decoder_layers
 
 SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 IDS = torch.arange(24).reshape(2, 12)

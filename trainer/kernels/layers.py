@@ -6,7 +6,7 @@ Evaluation and generation are left alone.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,22 +15,15 @@ from torch import nn
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch.fx import GraphModule
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runfolder.folders import cache
 from trainer.kernels.fused_gates import fuse_gates
 from trainer.kernels.shared_products import share_products
+from trainer.zero.by_layer import decoder_layers
 
 LayerPass = Callable[..., Any]
 # By the number of dimensions, those that are numbers of positions or documents: starts, ids, hidden states, masks.
 LENGTHS: Mapping[int, tuple[int, ...]] = {1: (0,), 2: (1,), 3: (1,), 4: (2, 3)}
-
-
-def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a base of transformers, those that it would checkpoint."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            yield module
 
 
 def compile_layers(model: nn.Module) -> None:

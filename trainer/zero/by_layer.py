@@ -18,6 +18,13 @@ LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_para
 Positional = tuple[Any, ...]
 
 
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a base of transformers, those that it would checkpoint."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            yield module
+
+
 def largest_layer(model: nn.Module) -> int:
     """The elements of the largest decoder layer, which are gathered at once.
 
@@ -26,7 +33,7 @@ def largest_layer(model: nn.Module) -> int:
     """
     seen: set[nn.Parameter] = set()
     largest = 0
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model):
         elements = 0
         for parameter in layer.parameters():
             if parameter in seen:
@@ -46,17 +53,10 @@ def gather_by_layer(model: nn.Module) -> int:
 
     largest = largest_layer(model)
     if largest:
-        for layer in _decoder_layers(model):
+        for layer in decoder_layers(model):
             layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
         set_z3_leaf_modules(model, [GradientCheckpointingLayer])
     return largest
-
-
-def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a base of transformers, those that it would checkpoint."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            yield module
 
 
 def _with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:
