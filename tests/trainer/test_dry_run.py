@@ -108,6 +108,21 @@ def test_zero_shares_what_it_says() -> None:
     assert three["activations"] == 7
 
 
+def test_at_zero_3_a_layer_is_on_its_way_and_its_gradients_are_there_together() -> None:
+    alone_ = {"weights": 8000, "gradients": 400, "optimizer": 0, "gathers": 0}
+    layers = [shared(alone_, Weights(100, 3800, 2, of_layer=size), 3, 2) for size in (0, 500)]
+    assert layers[1]["gathers"] - layers[0]["gathers"] == 500 * 2
+    assert layers[1]["gradients"] - layers[0]["gradients"] == 100 * 4
+
+
+def test_at_zero_3_frozen_linears_keep_no_more_than_at_zero_0() -> None:
+    config = with_layers(LLAMA_1B, 2)
+    job = job_of({"kind": "lora"})
+    sharded = job.model_copy(update={"sharding": job.sharding.model_copy(update={"zero": 3})})
+    expected, found = (forecast(each, config, [(512, 511)], "bf16", fast=False) for each in (job, sharded))
+    assert found["activations"] == pytest.approx(expected["activations"], rel=1e-3)
+
+
 def test_weights_in_4_bits_are_whole_on_every_worker() -> None:
     weights = Weights(trained=0, frozen=1000, element=2, held=6000)
     of_each = shared({"weights": 8000, "gradients": 0, "optimizer": 0, "gathers": 0}, weights, 3, 2)

@@ -3,8 +3,8 @@
 A part is left out where the model is not made for it: a head that is adapted, has a bias or is followed by more than
 itself; an attention that a method replaced, or in fp32. The parts together are tried on a probe of random tokens.
 Where they fail, or differ from the plain path by more than rounding, documents get rows of their own; where that does
-not help, layers are not compiled either; and in the end the run is plain. At ZeRO 3 it is plain too: there a layer's
-weights are whole within its own forward pass alone, between hooks that cannot be compiled.
+not help, layers are not compiled either; and in the end the run is plain. At ZeRO 3 it is plain too: there no worker
+has the whole base when the probe is tried, before there is an engine.
 """
 
 from collections.abc import Iterator
