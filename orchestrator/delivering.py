@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 from clusters.controllers import is_collected
-from runfolder.chain import Attempt
+from runfolder.chain import Attempt, attempts
 from runfolder.delivered import note_delivered
 from runfolder.record import load_any_job
 from runfolder.secrets import remove_secrets
@@ -30,11 +30,12 @@ def deliver_rest(run_dir: Path) -> int:
 
 
 def deliver_run(run_dir: Path, timeout_s: float) -> None:
-    """Have MLflow take all of a closed run. Of a run without an attempt there is nothing to deliver."""
+    """Have MLflow take all of a closed run; raises Damaged. Of a run without an attempt there is nothing to deliver."""
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
-    if snapshot(run_dir).attempt == 0 or is_left_to_others(run_dir):
+    is_begun = bool(attempts(run_dir)) or snapshot(run_dir).attempt > 0  # a job of stages has those of its stages
+    if not is_begun or is_left_to_others(run_dir):
         note_delivered(run_dir, None)
     else:
         replay(run_dir, timeout_s)
