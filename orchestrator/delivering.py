@@ -30,7 +30,7 @@ def deliver_rest(run_dir: Path) -> int:
 
 
 def deliver_run(run_dir: Path, timeout_s: float) -> None:
-    """Have MLflow take all of a closed run; raises Damaged. Of a run without an attempt there is nothing to deliver."""
+    """Have MLflow take all of a closed run, of which one without an attempt has nothing; raises Damaged."""
     from orchestrator.tracking.delivery import replay
     from orchestrator.tracking.store import is_left_to_others
 
