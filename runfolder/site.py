@@ -13,7 +13,7 @@ from runfolder.appended import Chunk, Position, appended_files, read_from
 from runfolder.chain import reopen, result, see_slots
 from runfolder.digests import changes
 from runfolder.fetched import paths_to_fetch
-from runfolder.files import Record, list_names, sha256
+from runfolder.files import Damaged, Record, list_names, sha256
 from runfolder.news import Known, News, news_of_runs
 from runfolder.record import create_run_folder, job_in, read_brief, read_record
 from runfolder.requests import cancel_requested, pause_step, request_cancel, request_pause
@@ -177,7 +177,7 @@ class LocalSite:
         run_dir = self._existing(run_id)
         see_slots(run_dir)
         ended = result(run_dir)
-        brief = read_brief(run_dir, list_names(run_dir))
+        brief = _brief_of(run_dir)
         whole = brief.get("stage_of")
         if whole:
             raise Refused(f"run {run_id}: it is a stage of {whole}; allowed: the same of {whole}")
@@ -236,6 +236,14 @@ class LocalSite:
         if run_id not in list_names(self.root):
             raise Refused(f"run {run_id}: its folder is not there any more")
         return self.root / run_id
+
+
+def _brief_of(run_dir: Path) -> Record:
+    """The brief of a run; nothing of one that cannot be read, whose end can be asked for all the same."""
+    try:
+        return read_brief(run_dir, list_names(run_dir))
+    except Damaged:
+        return {}
 
 
 def _request_end(run_dir: Path, what: Ask, step: int | None, why: str | None) -> None:

@@ -79,7 +79,8 @@ class RayCluster:
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """What the dashboard answers; raises OSError, which is an HTTPError where it says no."""
         request = Request(f"http://{_HOST}:{self.dashboard}{path}", headers={"Authorization": f"Bearer {self.token}"})
-        request.method = method
+        if method is not None:
+            request.method = method
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")

@@ -449,7 +449,7 @@ def main(root: Path) -> None:
     os.fsync = lambda _: None  # no machine loses its power
     record.yaml.safe_dump = partial(yaml.dump, Dumper=yaml.CSafeDumper)  # half of what a trial takes, otherwise
 
-    def checked(_job: object, cluster: remote_cluster.RemoteCluster, _progress: object) -> object:
+    def checked(_job: object, cluster: remote_cluster.RemoteCluster, progress: object) -> object:  # noqa: ARG001
         cluster.capacity()
         return findings
 
