@@ -185,10 +185,16 @@ def seconds(measured: list[dict[str, float]]) -> dict[str, Any]:
     of_step = statistics.median(row["step"] for row in measured)
     shares = {}
     for part in ("adapter", "write", "reward"):
-        shares[part] = round(statistics.median(row[part] / row["step"] for row in measured), 4)
-    shares["update"] = round(statistics.median(1 - row["rollout"] / row["step"] for row in measured), 4)
-    generation = statistics.median((row["rollout"] - row["reward"]) / row["step"] for row in measured)
-    return {"step_s": of_step, "generation_share": round(generation, 4), "shares": shares}
+        shares[part] = median_share(measured, lambda row, part=part: row[part])
+    shares["update"] = median_share(measured, lambda row: row["step"] - row["rollout"])
+    generation = median_share(measured, lambda row: row["rollout"] - row["reward"])
+    return {"step_s": of_step, "generation_share": generation, "shares": shares}
+
+
+def median_share(measured: list[dict[str, float]], of: Callable[[dict[str, float]], float]) -> float:
+    """The median over steps of the share that some of its seconds have in a step."""
+    shares = [of(row) / row["step"] for row in measured]
+    return round(statistics.median(shares), 4)
 
 
 def frozen(model: Any) -> Iterator[Any]:

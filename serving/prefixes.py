@@ -44,7 +44,7 @@ class Prefixes:
         for number in range(first, stop):
             key = keys.get(number)
             page = sequence.pages[number]
-            if key is None or page in sequence.joined_pages or self.cache.shared(key) is not None:
+            if key is None or self.cache.shared(key) is not None:
                 continue
             self.cache.share(page, key)
             sequence.own_pages.remove(page)

@@ -12,6 +12,7 @@ from torch import Tensor
 from serving.forward import Chosen, Forward
 from serving.mix import AdapterBatch, Owner
 from serving.passing import Span
+from serving.sampler import log_probability
 from serving.sequence import Sequence
 
 AT_ONCE = 1024  # rows of logits, where there are many
@@ -92,7 +93,7 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
         counts.append(count)
         rows += range(row, row + count)
         tokens += of_sequence
-        temperatures += [sequence.request.scored_temperature] * count
+        temperatures += [sequence.request.temperature] * count
     device = forward.device
     adapters = AdapterBatch.of(owners, counts)
     adapters = adapters.to(device)
@@ -100,15 +101,11 @@ def log_probabilities(forward: Forward, scored: list[Scored], hidden_TD: Tensor)
     hidden_ND = hidden_TD[row_N]
     logits_NV = forward.decoder.logits(hidden_ND, adapters)
     temperature_N = torch.tensor(temperatures, device=device)
-    temperature_N1 = temperature_N[:, None]
-    logits_NV = logits_NV.float() / temperature_N1
     token_N = torch.tensor(tokens, device=device)
+    score_N = log_probability(logits_NV, token_N, temperature_N)
     token_N1 = token_N[:, None]
     logit_N1 = logits_NV.gather(1, token_N1)
-    logit_N = logit_N1.flatten()
-    score_N = logit_N - logits_NV.logsumexp(-1)
-    highest_N = logits_NV.amax(-1)
-    is_likeliest_N = logit_N == highest_N
+    is_likeliest_N = logit_N1.flatten() == logits_NV.amax(-1)
     scores: list[float] = score_N.tolist()
     are_likeliest: list[bool] = is_likeliest_N.tolist()
     return scores, are_likeliest

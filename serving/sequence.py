@@ -41,13 +41,6 @@ class Request:
         """Whether it takes the likeliest token each time."""
         return self.temperature == 0
 
-    @property
-    def scored_temperature(self) -> float:
-        """What logits are divided by where tokens are scored: that of a draw, and nothing where none is drawn."""
-        if self.is_greedy:
-            return 1.0
-        return self.temperature
-
 
 @dataclass(eq=False)
 class Sequence:

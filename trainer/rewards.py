@@ -1,6 +1,6 @@
 """What an answer that the model wrote is worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,36 +39,33 @@ class Reward(Protocol):
         ...
 
 
-class ExactMatch:
-    """1 for the answer that the row has, else 0."""
+class RuleReward:
+    """1 where a rule holds of a sample, else 0."""
+
+    def __init__(self, rule: Callable[[RewardSample], bool]) -> None:
+        self._rule = rule
 
     def judge(
         self,
         samples: Sequence[RewardSample],
         journal: RewardJournal,  # noqa: ARG002
     ) -> list[float]:
-        """Whether each sample is right."""
+        """Whether the rule holds of each sample."""
         rewards = []
         for sample in samples:
-            is_right = matches(sample.written, sample.answer)
-            rewards.append(float(is_right))
+            holds = self._rule(sample)
+            rewards.append(float(holds))
         return rewards
 
 
-class AnswerFormat:
-    """1 where a number behind `####` ends the answer, else 0."""
+def is_exact(sample: RewardSample) -> bool:
+    """Whether what was written is the answer that the row has."""
+    return matches(sample.written, sample.answer)
 
-    def judge(
-        self,
-        samples: Sequence[RewardSample],
-        journal: RewardJournal,  # noqa: ARG002
-    ) -> list[float]:
-        """Whether each sample has the form of an answer, right or wrong."""
-        rewards = []
-        for sample in samples:
-            has_form = ends_in_number(sample.written)
-            rewards.append(float(has_form))
-        return rewards
+
+def has_answer_format(sample: RewardSample) -> bool:
+    """Whether a number behind `####` ends what was written, right or wrong."""
+    return ends_in_number(sample.written)
 
 
 class FunctionReward:
@@ -153,9 +150,9 @@ def rewards_of(options: GroupOptions, model: Reward | None = None) -> WeightedRe
     rewards: dict[str, Reward] = {}
     for name in options.weights:
         if name == BY_ANSWER:
-            rewards[name] = ExactMatch()
+            rewards[name] = RuleReward(is_exact)
         elif name == BY_FORMAT:
-            rewards[name] = AnswerFormat()
+            rewards[name] = RuleReward(has_answer_format)
         elif name == BY_FUNCTION:
             file = options.reward_file
             assert file is not None
