@@ -21,6 +21,7 @@ from clusters.controllers import is_collected
 from orchestrator.errors import InputError
 from orchestrator.tracking.environment import machine_tags
 from orchestrator.tracking.facts import datasets, job_params, job_tags, tracking_of
+from orchestrator.tracking.new_database import make_database
 from orchestrator.tracking.password import KINDS_TRACKED, TRACKING_URI
 from orchestrator.tracking.trouble import DeliveryRefused
 from runfolder.chain import attempts, result
@@ -89,6 +90,9 @@ def client(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        make_database(file, MlflowClient)
     return MlflowClient(tracking_uri=uri)
 
 
