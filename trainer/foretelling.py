@@ -10,7 +10,7 @@ from trainer.base import load_config
 from trainer.data.longest import LongestPass
 from trainer.data.survey import lengths_sample
 from trainer.dry_run.fit import DRY_RUN_MARGIN, Forecast, changes_that_fit
-from trainer.dry_run.process import BytesByPart, DryRunFailed, dry_runner
+from trainer.dry_run.process import BytesByPart, DryRunFailed, DryRunner, DryRunProcess
 from trainer.embeddings import vocabulary
 from trainer.run import Run
 
@@ -38,7 +38,8 @@ def keep_forecast(run: Run, longest: LongestPass) -> None:
     config = config_of_run(run)
     precision, fast = _numerics(run, job)
     try:
-        with dry_runner(config, sample) as runner:
+        with DryRunProcess() as process:
+            runner = DryRunner(process, config, sample)
             parts = runner.parts(job, precision, fast, tried=True)
     except DryRunFailed as error:
         run.attempt.event("not_foretold", why=str(error))
@@ -54,7 +55,8 @@ def fitting_changes(run: Run, device: int | None) -> str:
     job = run.job
     sample = lengths_sample(run.tokens)
     config = config_of_run(run)
-    with dry_runner(config, sample) as runner:
+    with DryRunProcess() as process:
+        runner = DryRunner(process, config, sample)
 
         def parts(changed: Job) -> BytesByPart:
             precision, fast = _numerics(run, changed)

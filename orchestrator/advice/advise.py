@@ -20,6 +20,7 @@ from orchestrator.planning.survey import SourceProgress
 from orchestrator.sweeps.driver import FoundTrials, SweepDriver
 from orchestrator.sweeps.trials import Trial, with_settings
 from runfolder.job import Job
+from trainer.dry_run.process import DryRunProcess
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def advise(
 ) -> Advice:
     """Plan every method for the job in a file, and say what evidence supports; raises InputError."""
     job, _ = read_job(path, overrides)
-    planner = planner_of(job, progress, cluster, gpu_gib)
-    roughly = planner._replace(roughly=True)
-    found = candidates(roughly, job)
+    with DryRunProcess() as process:
+        planner = planner_of(job, process, progress, cluster, gpu_gib)
+        roughly = planner._replace(roughly=True)
+        found = candidates(roughly, job)
     situation = situation_of(roughly, job, found)
     rules = rules_for(situation)
     return Advice(job, rules, found)

@@ -12,7 +12,7 @@ from orchestrator.planning.model import Model
 from runfolder.job import Job
 from trainer.data.survey import Sample
 from trainer.dry_run.fit import Change, Find, Forecast, changes_that_fit
-from trainer.dry_run.process import DryRunFailed, can_dry_run, dry_runner
+from trainer.dry_run.process import DryRunFailed, DryRunner, DryRunProcess, can_dry_run
 
 CorrectionOf = Callable[[Job], PastRatios]
 Numerics = Callable[[Job], tuple[str, bool]]  # the precision of a job, and whether its kernels are fast
@@ -59,13 +59,14 @@ def fit(
     sample: Sample | None,
     kinds: Numerics,
     device: int | None,
+    process: DryRunProcess,
     corrected: CorrectionOf = lambda _: UNCORRECTED,
     roughly: bool = False,
 ) -> MemoryFit:
     """The fit of a job on devices of so many bytes; raises DryRunFailed where nothing can be said.
 
-    `corrected` says what earlier runs have to say of a job's dry run. `roughly`: without a dry run where the fitted
-    line leaves no doubt.
+    `process` makes dry runs. `corrected` says what earlier runs have to say of a job's dry run. `roughly`: without a
+    dry run where the fitted line leaves no doubt.
     """
 
     def on_line(changed: Job) -> Forecast:
@@ -85,7 +86,8 @@ def fit(
         problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
     else:
         try:
-            return _dry_fit(job, model, sample, kinds, device, corrected)
+            runner = DryRunner(process, config_of_base(model), sample)
+            return _dry_fit(job, runner, kinds, device, corrected)
         except DryRunFailed as error:
             problem = str(error)
     try:
@@ -95,22 +97,19 @@ def fit(
     return _with_changes(job, forecast, on_line, device, problem)
 
 
-def _dry_fit(
-    job: Job, model: Model, sample: Sample | None, kinds: Numerics, device: int | None, corrected: CorrectionOf
-) -> MemoryFit:
+def _dry_fit(job: Job, runner: DryRunner, kinds: Numerics, device: int | None, corrected: CorrectionOf) -> MemoryFit:
     """The fit of a job by a dry run; raises DryRunFailed."""
-    with dry_runner(config_of_base(model), sample) as runner:
 
-        def tried(changed: Job) -> Forecast:
-            precision, fast = kinds(changed)
-            parts = runner.parts(changed, precision, fast)
-            past = corrected(changed)
-            margin = past.margin
-            factor = past.factor
-            return Forecast(parts, "dry run", margin, factor, past.runs)
+    def tried(changed: Job) -> Forecast:
+        precision, fast = kinds(changed)
+        parts = runner.parts(changed, precision, fast)
+        past = corrected(changed)
+        margin = past.margin
+        factor = past.factor
+        return Forecast(parts, "dry run", margin, factor, past.runs)
 
-        forecast = tried(job)
-        return _with_changes(job, forecast, tried, device, None)
+    forecast = tried(job)
+    return _with_changes(job, forecast, tried, device, None)
 
 
 def _leaves_no_doubt(job: Job, forecast: Forecast, device: int | None) -> bool:

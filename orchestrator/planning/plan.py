@@ -21,7 +21,7 @@ from orchestrator.runs import new_id
 from runfolder.costs import Costs
 from runfolder.job import Job
 from trainer.data.survey import Sample
-from trainer.dry_run.process import DryRunFailed
+from trainer.dry_run.process import DryRunFailed, DryRunProcess, can_dry_run
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
 
@@ -80,20 +80,28 @@ def plan(
     the GPUs, where they are not this machine's.
     """
     job, _ = read_job(source, overrides)
-    planner = planner_of(job, progress, cluster, gpu_gib)
-    return planner.plan(job)
+    with DryRunProcess() as process:
+        planner = planner_of(job, process, progress, cluster, gpu_gib)
+        return planner.plan(job)
 
 
-def planner_of(job: Job, progress: SourceProgress, cluster: str | None, gpu_gib: float | None) -> "Planner":
-    """Look at the base and the rows of a job, and at the place where it would run; raises InputError."""
+def planner_of(
+    job: Job, process: DryRunProcess, progress: SourceProgress, cluster: str | None, gpu_gib: float | None
+) -> "Planner":
+    """Look at the base and the rows of a job, and at the place where it would run; raises InputError.
+
+    The process, which will make the planner's dry runs, starts meanwhile.
+    """
     place = _planned_place(job, cluster)
     capacity, is_here = place.capacity, place.is_here
-    findings = check_job(job, progress, capacity, is_here)
-    device = planned_device(capacity, is_here, gpu_gib or place.gpu_gib)
     kind = "gpu"
     if gpu_gib is None:
         kind = capacity.kind
-    return Planner(findings, place, kind, device)
+    if has_gpus(job, kind) and can_dry_run():
+        process.start()
+    findings = check_job(job, progress, capacity, is_here)
+    device = planned_device(capacity, is_here, gpu_gib or place.gpu_gib)
+    return Planner(findings, place, kind, device, process)
 
 
 class _Place(NamedTuple):
@@ -116,6 +124,7 @@ class Planner(NamedTuple):
     place: _Place
     kind: str  # of the devices
     device: Device
+    process: DryRunProcess
     roughly: bool = False  # whether memory is foretold without a dry run where there is no doubt
 
     def plan(self, job: Job) -> Plan:
@@ -172,7 +181,7 @@ class Planner(NamedTuple):
         findings = self.findings
         sample = _rows_for_all(findings.train)
         try:
-            found = fit(job, findings.model, sample, kinds, self.device.memory, corrected, self.roughly)
+            found = fit(job, findings.model, sample, kinds, self.device.memory, self.process, corrected, self.roughly)
         except DryRunFailed as error:
             return None, (f"memory: not foretold: {error}",)
         return found, ()

@@ -11,6 +11,7 @@ from orchestrator.planning.survey import SourceProgress
 from orchestrator.stages.inputs import readable_rows
 from orchestrator.stages.spec import base_of_stage, read_staged
 from runfolder.generation_job import AnswerColumn, GenerationJob, JudgedColumns
+from trainer.dry_run.process import DryRunProcess
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,16 @@ def plan_stages(
     staged, _ = found
     is_here = cluster is None or open_cluster(cluster).site.is_here
     plans: dict[str, StagePlan] = {}
-    for stage, job in staged.stages.items():
-        if isinstance(job, GenerationJob):
-            plans[stage] = _writing_plan(job, is_here)
-            continue
-        base = base_of_stage(staged, stage)
-        seen = job.model_copy(update={"base": base})
-        planner = planner_of(seen, progress, cluster, gpu_gib)
-        plan = planner.plan(seen)
-        plans[stage] = replace(plan, base=job.base.model, request=None)  # one request is for all of them
+    with DryRunProcess() as process:
+        for stage, job in staged.stages.items():
+            if isinstance(job, GenerationJob):
+                plans[stage] = _writing_plan(job, is_here)
+                continue
+            base = base_of_stage(staged, stage)
+            seen = job.model_copy(update={"base": base})
+            planner = planner_of(seen, process, progress, cluster, gpu_gib)
+            plan = planner.plan(seen)
+            plans[stage] = replace(plan, base=job.base.model, request=None)  # one request is for all of them
     return plans
 
 

@@ -1,7 +1,6 @@
 """The longest passes are tried before the first step: nothing moves by it, and too little memory shows."""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,16 +119,16 @@ def test_the_change_that_fits_is_foretold_on_the_worker(new_run: Any) -> None:
 def test_a_forecast_that_was_too_low_is_corrected_by_what_did_not_fit(
     new_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def runner(_config: Any, sample: Any) -> Any:
+    def runner(_process: Any, _config: Any, sample: Any) -> Any:
         assert sample[0] == (60, 59)
 
         def parts(job: Job, precision: str, fast: bool) -> dict[str, int]:
             assert (precision, fast) == ("fp32", True)
             return {"activations": 5 * job.train.micro_batch * 2**30}
 
-        return nullcontext(SimpleNamespace(parts=parts))
+        return SimpleNamespace(parts=parts)
 
-    monkeypatch.setattr(foretelling, "dry_runner", runner)
+    monkeypatch.setattr(foretelling, "DryRunner", runner)
     run = worker_of(new_run)
     # 40 GiB were foretold and 80 do not suffice: of one row 10 are, with a margin and what CUDA takes.
     assert foretelling.fitting_changes(run, 80 * 2**30) == "it would with train.micro_batch=1 (about 11.1 GiB)"

@@ -14,7 +14,8 @@ from methods.options.full import Full
 from methods.registry import create
 from runfolder.job import Job
 from trainer.dry_run import forecast as forecasts
-from trainer.dry_run.forecast import forecast
+from trainer.dry_run.forecast import Forecaster
+from trainer.dry_run.kernels import LayerTracer
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import longest_micro_batch
 from trainer.dry_run.model import with_layers
@@ -25,6 +26,7 @@ from trainer.zero.sharded import ShardedModel
 
 FIGURES = Path(__file__).parent / "dry_run_figures.json"
 CELLS = json.loads(FIGURES.read_text())["cells"]
+SMALL = with_layers(LLAMA_1B, 3)
 STORED = 0.03  # how far a dry run may be from what is stored
 MEASURED = 0.05  # how far from what a GPU had
 # The documents of a micro-batch: as benchmarks/layouts.py makes them, and as benchmarks/train_step.py does.
@@ -49,7 +51,7 @@ def foretold(cell: dict[str, Any]) -> float:
     workers = job.resources.model_copy(update={"gpus_per_node": cell.get("workers", 1)})
     job = job.model_copy(update={"sharding": stage, "resources": workers})
     fast = cell["kernels"] == "fast"
-    found = forecast(job, LLAMA_1B, DOCUMENTS[cell["rows"]], "bf16", fast)
+    found = Forecaster().forecast(job, LLAMA_1B, DOCUMENTS[cell["rows"]], "bf16", fast)
     torch._dynamo.reset()
     return sum(found.values()) / 2**30
 
@@ -119,7 +121,9 @@ def test_at_zero_3_frozen_linears_keep_no_more_than_at_zero_0() -> None:
     config = with_layers(LLAMA_1B, 2)
     job = job_of({"kind": "lora"})
     sharded = job.model_copy(update={"sharding": job.sharding.model_copy(update={"zero": 3})})
-    expected, found = (forecast(each, config, [(512, 511)], "bf16", fast=False) for each in (job, sharded))
+    expected, found = (
+        Forecaster().forecast(each, config, [(512, 511)], "bf16", fast=False) for each in (job, sharded)
+    )
     assert found["activations"] == pytest.approx(expected["activations"], rel=1e-3)
 
 
@@ -133,15 +137,52 @@ def test_a_base_that_comes_in_4_bits_is_held_as_one_that_is_put_there() -> None:
     documents = DOCUMENTS["padded"]
     config = with_layers(LLAMA_1B, 2)
     settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"]}
-    found = forecast(
+    found = Forecaster().forecast(
         job_of({"kind": "lora"}), {**config, "quantization_config": settings}, documents, "bf16", fast=False
     )
-    assert found == forecast(job_of({"kind": "qlora"}), config, documents, "bf16", fast=False)
+    assert found == Forecaster().forecast(job_of({"kind": "qlora"}), config, documents, "bf16", fast=False)
     settings["llm_int8_skip_modules"] = ["lm_head", "mlp"]
-    more = forecast(
+    more = Forecaster().forecast(
         job_of({"kind": "lora"}), {**config, "quantization_config": settings}, documents, "bf16", fast=False
     )
     assert more["weights"] > found["weights"] + 2 * 3 * 2048 * 8192
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "longlora"])
+def test_layers_share_one_compilation_on_the_fast_path(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    trace = LayerTracer.__call__
+
+    def counted(tracer: LayerTracer, *region: Any) -> Any:
+        compiled.append(region)
+        return trace(tracer, *region)
+
+    monkeypatch.setattr(LayerTracer, "__call__", counted)
+    found = Forecaster().forecast(job_of({"kind": kind}), SMALL, DOCUMENTS["full"], "bf16", fast=True)
+    torch._dynamo.reset()
+    assert found["activations"] > 0
+    assert len(compiled) == 1
+
+
+def test_stages_that_share_no_weights_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def counted(passes: Passes, config: Any) -> TriedPasses:
+        tried.append(passes.job.sharding.zero)
+        return whole_base(passes, config)
+
+    monkeypatch.setattr(forecasts, "whole_base", counted)
+    forecaster = Forecaster()
+    job = job_of({"kind": "lora"})
+    resources = job.resources.model_copy(update={"gpus_per_node": 2})
+    of_stages = []
+    for stage in range(4):
+        sharding = job.sharding.model_copy(update={"zero": stage})
+        changed = job.model_copy(update={"sharding": sharding, "resources": resources})
+        of_stages.append(forecaster.forecast(changed, SMALL, [(512, 511)], "bf16", fast=False))
+    assert tried == [0, 3]
+    assert of_stages[1]["optimizer"] < of_stages[0]["optimizer"]
+    assert of_stages[3]["weights"] < of_stages[0]["weights"]
 
 
 def test_the_longest_micro_batch_of_pairs_has_both_answers() -> None:
@@ -172,13 +213,15 @@ def test_answers_count_where_they_take_more_than_training() -> None:
     writing = lean.model_copy(update={"data": judged, "evaluation": evaluation})
     config = with_layers(LLAMA_1B, 3)
     short = [(40, 16)]
-    without = forecast(lean, config, short, "bf16", fast=False)
-    found = forecast(writing, config, short, "bf16", fast=False)
+    without = Forecaster().forecast(lean, config, short, "bf16", fast=False)
+    found = Forecaster().forecast(writing, config, short, "bf16", fast=False)
     assert without["cache"] == 0
     assert found["cache"] == 16 * (24 + 1000) * 2 * 8 * 64 * 2 * (3 + 1)  # as many as 16,384 tokens make
     assert found["weights"] == without["weights"]
-    assert forecast(writing, config, DOCUMENTS["padded"], "bf16", fast=False)["cache"] == 0  # training takes more
-    assert forecast(writing, config, short, "bf16", fast=False, of_passes=True)["cache"] == 0
+    assert (
+        Forecaster().forecast(writing, config, DOCUMENTS["padded"], "bf16", fast=False)["cache"] == 0
+    )  # training takes more
+    assert Forecaster().forecast(writing, config, short, "bf16", fast=False, of_passes=True)["cache"] == 0
 
 
 def test_what_is_tried_has_no_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,5 +229,5 @@ def test_what_is_tried_has_no_step_of_the_optimizer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(forecasts, "whole_base", lambda *_: TriedPasses(moments, 1, 1))
     job = job_of({"kind": "full"})
     monkeypatch.setattr(forecasts, "answering", lambda *_: {"activations": 1})
-    assert forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False) == moments["step"]
-    assert forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False, of_passes=True) == moments["backward"]
+    assert Forecaster().forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False) == moments["step"]
+    assert Forecaster().forecast(job, LLAMA_1B, [(16, 15)], "bf16", fast=False, of_passes=True) == moments["backward"]

@@ -17,7 +17,7 @@ from methods.options.full import Full
 from orchestrator.planning.model import Model
 from orchestrator.planning.sizes import sizes
 from runfolder.job import Job
-from trainer.dry_run.forecast import forecast
+from trainer.dry_run.forecast import Forecaster
 from trainer.dry_run.model import with_layers
 from trainer.zero.chunked import ChunkedAdamW
 from trainer.zero.rounding import Rounding
@@ -176,10 +176,10 @@ def test_the_plan_knows_the_bytes_of_each_weight() -> None:
     documents = [(2048, 2047)] * 4
     for where, of_moments in (("none", 8), ("optimizer", 0)):
         without = job(train={"master_weights": False}, sharding={"offload": where})
-        found = forecast(without, config, documents, "bf16", fast=False, of_passes=True)
+        found = Forecaster().forecast(without, config, documents, "bf16", fast=False, of_passes=True)
         for part, of_each in {"weights": 2, "gradients": 4, "optimizer": of_moments}.items():
             assert found[part] == pytest.approx(of_each * planned.trained, rel=1e-3, abs=2**20), part
     memory = planned.memory
     assert (memory.weights, memory.gradients, memory.optimizer) == tuple(n * planned.trained for n in (2, 4, 8))
-    with_masters = forecast(job(), config, documents, "bf16", fast=False, of_passes=True)
+    with_masters = Forecaster().forecast(job(), config, documents, "bf16", fast=False, of_passes=True)
     assert sum(found.values()) < sum(with_masters.values())

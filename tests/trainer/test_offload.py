@@ -22,7 +22,7 @@ from methods.base import Setup
 from methods.options.full import Full
 from methods.registry import create
 from runfolder.job import Job
-from trainer.dry_run.forecast import forecast
+from trainer.dry_run.forecast import Forecaster
 from trainer.dry_run.model import with_layers
 from trainer.world import join_process_group
 from trainer.zero import chunked
@@ -191,14 +191,14 @@ def test_a_dry_run_finds_a_few_chunks_where_the_moments_were() -> None:
     config = with_layers(LLAMA_1B, 3)
     documents = [(2048, 2047)] * 4
     there, here = (
-        forecast(job(sharding={"offload": where}), config, documents, "bf16", fast=False, of_passes=True)
+        Forecaster().forecast(job(sharding={"offload": where}), config, documents, "bf16", fast=False, of_passes=True)
         for where in ("none", "optimizer")
     )
     moments = 2 * there["weights"]
     assert there["optimizer"] == pytest.approx(moments, rel=1e-3)
     assert here["optimizer"] < 2**20  # numbers of steps
     assert here == {**there, "optimizer": here["optimizer"]}
-    with_step = forecast(job(sharding={"offload": "optimizer"}), config, documents, "bf16", fast=False)
+    with_step = Forecaster().forecast(job(sharding={"offload": "optimizer"}), config, documents, "bf16", fast=False)
     assert with_step["optimizer"] < moments / 4
 
 
@@ -206,5 +206,5 @@ def test_at_stages_1_and_2_no_second_copy_of_weights_is_foretold() -> None:
     config = with_layers(LLAMA_1B, 2)
     for zero in (1, 2):
         sharding = {"zero": zero, "offload": "optimizer"}
-        found = forecast(job(sharding=sharding), config, [(64, 63)], "bf16", fast=False, of_passes=True)
+        found = Forecaster().forecast(job(sharding=sharding), config, [(64, 63)], "bf16", fast=False, of_passes=True)
         assert found["optimizer"] < 2**20

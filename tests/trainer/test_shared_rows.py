@@ -20,7 +20,7 @@ from sampling import SEED, sampled
 from methods.options.base import check_heads
 from runfolder.job import Job
 from trainer.data.parts import part_of_rows
-from trainer.dry_run.forecast import forecast
+from trainer.dry_run.forecast import Forecaster
 
 TOLERANCE = 1e-6  # as over all other layouts
 STEPS, HALF = 6, 3
@@ -294,7 +294,7 @@ def test_each_rank_has_keys_of_its_own() -> None:
 def test_a_dry_run_has_about_half_the_activations() -> None:
     documents = [(4096, 1)]
     alone, shared = (
-        forecast(
+        Forecaster().forecast(
             job_of(sequence, method="lora", data={"train": "-", "seq_len": 4096}, resources={"gpus_per_node": 2}),
             LLAMA_1B,
             documents,

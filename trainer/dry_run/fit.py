@@ -5,7 +5,7 @@ workers, and memory that the allocator has but cannot use. What is said to fit i
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from methods.options.lora_family import LowRankOptions
@@ -65,30 +65,31 @@ class Change:
 def changes_that_fit(job: Job, find: Find, device: int, now: Forecast) -> list[Change]:
     """Changes that were planned, each with all before it, up to the first with which a worker fits on a device.
 
-    `now` is the forecast of the job as it is. Where its weights alone are more than the device has, changes that
-    leave those as they are need no forecast.
+    `now` is the forecast of the job as it is. A change is put off for as long as what it leaves as it is takes more
+    than the device has.
     """
     tried: list[Change] = []
     settings: dict[str, Any] = {}
-    weights = now.parts.get("weights", 0)
-    for key, value in _candidates(job):
+    forecast = now
+    waiting = list(_candidates(job))
+    while True:
+        worth_trying = [change for change in waiting if not _is_in_vain(*change, job, forecast, device)]
+        if not worth_trying:
+            return tried
+        key, value = worth_trying[0]
+        waiting.remove((key, value))
         try:
             changed = with_setting(job, key, value)
-            in_vain = weights > device and _keeps_weights(key, value)
-            forecast = now if in_vain else find(changed)
+            forecast = find(changed)
         except (DryRunFailed, ValueError):
             continue
         job = changed
         settings = {**settings, key: value}
-        if in_vain:
-            continue
-        weights = forecast.parts.get("weights", 0)
         needed = forecast.needed(job.resources.world_size)
         fits = needed <= device
         tried.append(Change(settings, needed, fits))
         if fits:
-            break
-    return tried
+            return tried
 
 
 def with_setting(job: Job, key: str, value: Any) -> Job:
@@ -102,11 +103,27 @@ def with_setting(job: Job, key: str, value: Any) -> Job:
     return Job.model_validate(dumped)
 
 
-def _keeps_weights(key: str, value: Any) -> bool:
-    """Whether a change leaves a worker's weights as they are."""
+def _is_in_vain(key: str, value: Any, job: Job, now: Forecast, device: int) -> bool:
+    """Whether a change of a job surely leaves it too large for a device, or undoes an earlier one."""
+    if key == "sharding.zero" and value < job.sharding.zero:
+        return True
+    parts = {}
+    for part in _left_alone(key, value):
+        parts[part] = now.parts.get(part, 0)
+    left = replace(now, parts=parts)
+    return left.needed(job.resources.world_size) > device
+
+
+def _left_alone(key: str, value: Any) -> tuple[str, ...]:
+    """The parts of a worker's memory that a change leaves as they are."""
+    if key == "method":
+        return ()
     if key == "sharding.zero":
-        return bool(value < 3)
-    return key != "method"
+        shared = {1: ("weights", "gradients"), 2: ("weights",), 3: ()}
+        return shared[value]
+    if key == "sharding.offload":
+        return "weights", "gradients"
+    return "weights", "gradients", "optimizer"
 
 
 def _candidates(job: Job) -> Iterator[tuple[str, Any]]:

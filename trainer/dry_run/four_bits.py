@@ -7,7 +7,6 @@ adapters of such layers their input as it is where autocast is on, and copies wh
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def hold_in_4_bits(model: nn.Module, job: Job, config: BaseConfig) -> int:
         layer.weight = None  # type: ignore[assignment]
         packed = torch.empty(size, dtype=torch.uint8, device="meta")
         layer.register_buffer("packed", packed, persistent=False)
-        layer.forward = partial(_packed_product, layer)  # type: ignore[method-assign]
+        layer.__class__ = PackedLinear  # a method of a class, as layers share one compilation
         held += size
     casts = "cast_input_dtype_enabled"
     for module in model.modules():
@@ -76,13 +75,18 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _packed_product(layer: Any, value: Tensor) -> Tensor:
-    """What a layer gives for an input."""
-    apply: Any = _PackedProduct.apply
-    product: Tensor = apply(value, layer.packed, layer.out_features, layer.in_features)
-    if layer.bias is not None:
-        product = product + layer.bias
-    return product.clone()
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed."""
+
+    packed: Tensor  # bytes of the weight and its constants
+
+    def forward(self, value: Tensor) -> Tensor:
+        """What the layer gives for an input."""
+        apply: Any = _PackedProduct.apply
+        product: Tensor = apply(value, self.packed, self.out_features, self.in_features)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.clone()
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -40,7 +40,9 @@ def fast_kernels(
     from trainer.kernels import fast, layers
 
     undo = ExitStack()
+    model.eval()  # attention that is sparse in training would look at positions
     head = fast.linear_head(model, dtype)
+    model.train()
     in_one_row = False
     if dtype != torch.float32:
         fast._leave_casts(model, undo)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,14 @@ def without_weights(job: Job, config: BaseConfig) -> Iterator[Job]:
 def attached(job: Job, config: BaseConfig, method: Method[Any], dtype: torch.dtype) -> nn.Module:
     """The model as the trainer makes it, on no device."""
     nowhere = torch.device("meta")
-    with without_weights(job, config) as job_of_shapes:
+    with without_weights(job, config) as job_of_shapes, patch("torch.randperm", _undrawn):
         return load_model(job_of_shapes, method, dtype, nowhere)
+
+
+def _undrawn(size: int, **_options: Any) -> Tensor:
+    """A permutation that is none, as to permute the places of a large weight takes seconds."""
+    one = torch.zeros(1, dtype=torch.long)
+    return one.expand(size)
 
 
 def fake_weights(model: nn.Module) -> None:

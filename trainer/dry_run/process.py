@@ -5,8 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from fleetune_start import unshadowed
@@ -30,11 +29,62 @@ def can_dry_run() -> bool:
     return all(found)
 
 
-class DryRunner:
-    """A process that answers what jobs on a base would hold."""
+class DryRunProcess:
+    """A process that answers requests for dry runs; leaving it as a context manager ends the process."""
 
-    def __init__(self, child: "subprocess.Popen[str]", config: BaseConfig, sample: Sample | None) -> None:
-        self._child = child
+    _child: "subprocess.Popen[str] | None" = None
+
+    def start(self) -> None:
+        """Have it import what dry runs need, which takes seconds, while something else is done."""
+        if self._child is not None:
+            return
+        self._child = subprocess.Popen(
+            TRIAL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=unshadowed(os.environ),
+            text=True,
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request; raises DryRunFailed where the process ends without one."""
+        self.start()
+        child = self._child
+        assert child and child.stdin and child.stdout
+        line = json.dumps(request)
+        with suppress(BrokenPipeError):
+            child.stdin.write(f"{line}\n")
+            child.stdin.flush()
+        said = child.stdout.readline()
+        if not said:
+            self.stop()
+            raise DryRunFailed("its process ended")
+        answer: dict[str, Any] = json.loads(said)
+        return answer
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        child = self._child
+        if child is None:
+            return
+        self._child = None
+        child.kill()  # it has nothing to write any more, and its end takes a while
+        with suppress(BrokenPipeError):
+            child.communicate()
+
+    def __enter__(self) -> "DryRunProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class DryRunner:
+    """Dry runs of jobs on one base, for some of whose examples `sample` has the tokens and labels."""
+
+    def __init__(self, process: DryRunProcess, config: BaseConfig, sample: Sample | None) -> None:
+        self._process = process
         self._config = dict(config)
         self._sample = sample
 
@@ -54,40 +104,8 @@ class DryRunner:
             "fast": fast,
             "tried": tried,
         }
-        answer = self._ask(request)
+        answer = self._process.ask(request)
         if "problem" in answer:
             raise DryRunFailed(answer["problem"])
         parts: BytesByPart = answer["bytes"]
         return parts
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        child = self._child
-        assert child.stdin and child.stdout
-        line = json.dumps(request)
-        with suppress(BrokenPipeError):
-            child.stdin.write(f"{line}\n")
-            child.stdin.flush()
-        said = child.stdout.readline()
-        if not said:
-            raise DryRunFailed("its process ended")
-        answer: dict[str, Any] = json.loads(said)
-        return answer
-
-
-@contextmanager
-def dry_runner(config: BaseConfig, sample: Sample | None) -> Iterator[DryRunner]:
-    """Within it, dry runs on a base of this config.json can be asked for.
-
-    `sample` has the tokens and labels of some examples.
-    """
-    child = subprocess.Popen(
-        TRIAL,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=unshadowed(os.environ),
-        text=True,
-    )
-    with child:
-        yield DryRunner(child, config, sample)
-        child.kill()  # it has nothing to write any more, and its end takes a while

@@ -17,12 +17,12 @@ from orchestrator.advice.evidence import Situation, rules_for, smallest_visible
 from orchestrator.advice.race import budget_in_steps, race_file_of, race_of
 from orchestrator.cli import app
 from orchestrator.errors import InputError
-from orchestrator.planning import memory
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.hours import HoursForecast
 from orchestrator.sweeps.driver import SweepDriver
 from orchestrator.sweeps.result import conclude
 from runfolder.row_results import RowResult, write_row_results
+from trainer.dry_run.process import DryRunFailed, DryRunProcess
 
 STEPS = 20
 DATA = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
@@ -57,9 +57,9 @@ def test_what_does_not_fit_is_dropped_and_lines_suffice_where_there_is_no_doubt(
 
     def no_dry_run(*_: Any) -> Any:
         tried.append("dry run")
-        raise memory.DryRunFailed("not here")
+        raise DryRunFailed("not here")
 
-    monkeypatch.setattr(memory, "dry_runner", no_dry_run)
+    monkeypatch.setattr(DryRunProcess, "ask", no_dry_run)
     tight = advise(job_file(tmp_path), gpu_gib=0.2)
     assert reasons(tight)["lora"].startswith("does not fit: it takes ")
     by_question = {rule.question: rule.advice for rule in tight.rules}

@@ -77,7 +77,23 @@ def test_weights_that_are_too_large_are_not_tried_with_smaller_activations() -> 
     (sharded, change) = changes_that_fit(job_now, find, 8 * GIB, forecast(20, "weights"))
     assert [tried.sharding.zero for tried in asked] == [3, 3]
     assert not sharded.fits and change.fits
-    assert change.settings["train.micro_batch"] == 1, "it is still among the changes"
+    assert change.settings == {"sharding.zero": 3, "method": {"kind": "qlora", "rank": 16}}
+
+
+def test_weights_are_shared_first_where_they_are_too_large_and_activations_made_smaller_then() -> None:
+    def find(changed: Job) -> Forecast:
+        smaller = changed.train.gradient_checkpointing
+        shared = changed.sharding.zero == 3
+        parts = {"weights": 2 if shared else 20, "activations": 1 if smaller else 9}
+        return Forecast({part: gib * GIB for part, gib in parts.items()}, "dry run", 0.05)
+
+    job_now = job(method="lora", resources={"nodes": 2, "gpus_per_node": 1})
+    tried = changes_that_fit(job_now, find, 8 * GIB, find(job_now))
+    assert [change.settings for change in tried] == [
+        {"sharding.zero": 3},
+        {"sharding.zero": 3, "train.gradient_checkpointing": True},
+    ]
+    assert [change.fits for change in tried] == [False, True]
 
 
 def test_a_change_that_the_job_forbids_is_left_out() -> None:
