@@ -6,12 +6,15 @@ that are digests of trials, and is safe to repeat.
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from clusters.machine import cores
 from orchestrator.clusters_file import default_cluster
 from orchestrator.control import resume
 from orchestrator.errors import InputError, RunEnded
@@ -27,8 +30,10 @@ from orchestrator.sweeps.trials import METHOD_KEY, Trial, Variant
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 from runfolder.cooling import COOLED
+from runfolder.resources import Resources
 
 _METRICS = "metrics.jsonl"
+THREADS = "OMP_NUM_THREADS"
 _DIGEST_LENGTH = 16
 Say = Callable[[str], None]
 FoundTrials = dict[Trial, Reached]
@@ -104,14 +109,31 @@ class SweepDriver:
     def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
         """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
         found, by_trial = self.look()
-        self._finish_moves(found, by_trial)
-        decision = self.plan.decide(found)
-        lines = self.shown(decision, found)
-        for move, line in zip(decision.moves, lines, strict=True):
-            begun = move.trial in found
-            self._do(move, begun)
-            say(line)
+        with self._shared_cores():
+            self._finish_moves(found, by_trial)
+            decision = self.plan.decide(found)
+            lines = self.shown(decision, found)
+            for move, line in zip(decision.moves, lines, strict=True):
+                begun = move.trial in found
+                self._do(move, begun)
+                say(line)
         return decision, found
+
+    @contextmanager
+    def _shared_cores(self) -> Iterator[None]:
+        """Within it, a run that begins here gets a share of the cores, of which it would take all: others run too."""
+        is_here = self.cluster == "local"
+        if not is_here or THREADS in os.environ:
+            yield
+            return
+        resources = Resources.model_validate(self.submitted["resources"])
+        workers = self.sweep.parallel * resources.world_size
+        threads = max(1, cores() // workers)
+        os.environ[THREADS] = str(threads)
+        try:
+            yield
+        finally:
+            del os.environ[THREADS]
 
     def judged(self, found: FoundTrials) -> set[str]:
         """The run ids of trials that succeeded; of a race those alone whose configuration was run with all seeds."""

@@ -1,6 +1,7 @@
 """A sweep of real runs: driven by one driver after another, none of which remembers anything."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,23 @@ def test_a_driver_that_died_between_a_folder_and_its_submission_is_gone_on_with(
     for run_dir in (home / "runs").iterdir():
         pauses = [json.loads(request.read_text())["step"] for request in (run_dir / "requests").iterdir()]
         assert pauses == [4]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("of_user", "expected"), [(None, "2"), ("5", "5")])
+def test_trials_that_run_at_a_time_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_user: str | None, expected: str
+) -> None:
+    monkeypatch.setattr("orchestrator.sweeps.driver.cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", of_user or "")
+    if of_user is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
+    make_job(tmp_path, data=data, resources={"workers_per_node": 2})
+    given: list[str] = []
+    monkeypatch.setattr(Local, "submit", lambda *_: given.append(os.environ["OMP_NUM_THREADS"]))
+    SweepDriver.of(write_sweep(tmp_path, parallel=2), None).tick()
+    assert given == [expected] * 2
 
 
 def test_run_ids_are_the_same_on_any_laptop(tmp_path: Path) -> None:
