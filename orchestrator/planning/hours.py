@@ -5,7 +5,7 @@ interval is that of a prediction: where few runs like the job have been, what sp
 as much as a few runs more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from statistics import fmean, stdev
@@ -18,8 +18,46 @@ from runfolder.job import Job
 from runfolder.quantiles import NORMAL, t_quantile
 from trainer.devices import peak_of_name
 
-STATED = {"fast": 0.4, "plain": 0.17}  # shares that an H200 has used with LoRA (benchmarks/results), by kernels
-SLOWER = {"dora": 0.6, "adalora": 0.8, "vera": 0.7, "fourierft": 0.5, "qlora": 0.6}  # times LoRA's share
+# Shares that an H200 has used with a base of 1B (benchmarks/results, train-step and methods), by kernels and method:
+# fast on full rows, plain on padded ones. Those of "qlora" and "longlora" on the fast path are guesses.
+STATED: Mapping[str, Mapping[str, float]] = {
+    "fast": {
+        "lora": 0.43,
+        "rslora": 0.43,
+        "dora": 0.37,
+        "qlora": 0.3,
+        "adalora": 0.41,
+        "longlora": 0.4,
+        "relora": 0.41,
+        "ia3": 0.47,
+        "vera": 0.39,
+        "fourierft": 0.34,
+        "bottleneck": 0.48,
+        "galore": 0.43,
+        "prefix": 0.37,
+        "prompt": 0.49,
+        "ptuning": 0.49,
+        "full": 0.45,
+    },
+    "plain": {
+        "lora": 0.15,
+        "rslora": 0.15,
+        "dora": 0.1,
+        "qlora": 0.14,
+        "adalora": 0.13,
+        "longlora": 0.25,
+        "relora": 0.13,
+        "ia3": 0.19,
+        "vera": 0.13,
+        "fourierft": 0.1,
+        "bottleneck": 0.19,
+        "galore": 0.24,
+        "prefix": 0.2,
+        "prompt": 0.23,
+        "ptuning": 0.22,
+        "full": 0.25,
+    },
+}
 CHECKPOINTED = 0.75  # times the share without, as layers run forward once more
 SHARED_WEIGHTS = 0.4  # times the share, where weights are gathered at ZeRO 3
 STATED_SPREAD = 0.55  # standard deviation of the logarithm: a factor of 2.5 in 9 of 10 runs
@@ -140,8 +178,8 @@ def _shares(like: Sequence[Costs], per_token: float, peak: float) -> tuple[list[
 
 def stated_share(job: Job, kernels: str) -> float:
     """The share that a run is taken to use where no earlier one says so."""
-    share = STATED[kernels]
-    share *= SLOWER.get(job.method.kind, 1.0)
+    by_method = STATED[kernels]
+    share = by_method.get(job.method.kind, by_method["lora"])
     if job.train.gradient_checkpointing:
         share *= CHECKPOINTED
     if job.sharding.zero == 3:

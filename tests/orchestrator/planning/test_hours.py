@@ -10,10 +10,11 @@ import pytest
 from jobs import CONFIG, make_job
 
 from clusters.base import Capacity
+from methods.options import KINDS
 from orchestrator.planning import device as devices
 from orchestrator.planning.device import Device, planned_device
 from orchestrator.planning.earlier import UNCORRECTED, correction_of, earlier_costs
-from orchestrator.planning.hours import LIKE_SPREAD, UNLIKE_SPREAD, hours, planned_flops, prediction
+from orchestrator.planning.hours import LIKE_SPREAD, STATED, UNLIKE_SPREAD, hours, planned_flops, prediction
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 from orchestrator.planning.sizes import sizes
@@ -94,6 +95,12 @@ def test_hours_are_the_arithmetic_over_what_runs_like_it_used_of_their_devices()
     stated = hours(JOB, model, of_model, 1000, "fast", [], "NVIDIA H200 NVL")
     assert stated is not None and stated.runs == 0 and stated.high > 5 * stated.low
     assert hours(JOB, model, of_model, 1000, "fast", [], "a GPU of next year") is None
+
+
+def test_each_method_has_a_stated_share_with_fast_and_with_plain_kernels() -> None:
+    for by_method in STATED.values():
+        assert set(by_method) == set(KINDS)
+        assert all(0 < share < 1 for share in by_method.values())
 
 
 def test_forecasts_are_corrected_by_runs_that_did_the_same() -> None:
