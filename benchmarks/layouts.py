@@ -93,13 +93,15 @@ def make_run(place: Path, name: str, method: str, zero: int, steps: int, batch_t
     return run_dir
 
 
-def launch(place: Path, workers: int, run: Path) -> None:
-    """Train a run in fresh processes."""
+def launch(place: Path, workers: int, run: Path, gpu: int | None = None) -> None:
+    """Train a run in fresh processes, on one GPU alone where that is said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"FLEETUNE_CACHE": str(place / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    if gpu is not None:
+        common["CUDA_VISIBLE_DEVICES"] = str(gpu)
     path = place / f"{run.name}.log"
     with path.open("w") as log:
         processes = [
