@@ -131,7 +131,7 @@ def _attentions(model: Module) -> list[Any]:
     return attentions
 
 
-def _attend(
+def attend_with_prefix(
     module: Any,
     query_BHTD: Tensor,
     key_BHSD: Tensor,
@@ -158,12 +158,12 @@ def _attend(
     return attended
 
 
-def _mask(*args: Any, **options: Any) -> Tensor:
+def mask_of_documents(*args: Any, **options: Any) -> Tensor:
     """The mask of documents alone, also where sdpa could do without one."""
     options["allow_is_causal_skip"] = False
     mask: Tensor = sdpa_mask(*args, **options)
     return mask
 
 
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionInterface.register(ATTENTION, attend_with_prefix)
+AttentionMaskInterface.register(ATTENTION, mask_of_documents)

@@ -2,7 +2,6 @@
 
 import json
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from finished_runs import curve, difference, events
+from flash_on_cpu import flash_on_cpu
 from llamas import random_llama
 from pydantic import ValidationError
 from sampling import each_sampled
@@ -125,63 +125,18 @@ def test_a_base_that_reads_no_mask_is_found_out() -> None:
     assert branch_gap(model, 60, torch.device("cpu"), in_one_row=False) > 1e-3
 
 
-def attention_of_documents(
-    query: Any, key: Any, value: Any, starts: Any, key_starts: Any, *_: Any, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What flash attention computes, document by document: the last query sees all of its keys."""
-    attended = torch.zeros_like(query)
-    for q, k, share, weights in documents_of(query, key, starts, key_starts, options["scale"]):
-        attended[q] = torch.einsum("hqk,khd->qhd", weights, value[k].repeat_interleave(share, 1))
-    return attended, torch.zeros(query.shape[1], len(query))
-
-
-def slopes_of_documents(
-    slope: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
-) -> list[torch.Tensor]:
-    """The gradients of the same, written out."""
-    _, _, starts, key_starts, *_ = rest
-    scale, slopes = options["scale"], [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    for q, k, share, weights in documents_of(query, key, starts, key_starts, scale):
-        wide_key, wide_value = key[k].repeat_interleave(share, 1), value[k].repeat_interleave(share, 1)
-        of_weights = torch.einsum("qhd,khd->hqk", slope[q], wide_value)
-        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-        slopes[0][q] = scale * torch.einsum("hqk,khd->qhd", of_scores, wide_key)
-        for number, wide in (
-            (1, scale * torch.einsum("hqk,qhd->khd", of_scores, query[q])),
-            (2, torch.einsum("hqk,qhd->khd", weights, slope[q])),
-        ):
-            slopes[number][k] = wide.unflatten(1, (-1, share)).sum(2)
-    return slopes
-
-
-def documents_of(query: Any, key: Any, starts: Any, key_starts: Any, scale: float) -> Any:
-    """Of each document its queries, its keys, how many heads share a key, and the weights of its attention."""
-    share = query.shape[1] // key.shape[1]
-    for bounds, key_bounds in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True):
-        q, k = slice(*bounds), slice(*key_bounds)
-        scores = scale * torch.einsum("qhd,khd->hqk", query[q], key[k].repeat_interleave(share, 1))
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
-        yield q, k, share, scores.masked_fill(~seen, -torch.inf).softmax(-1)
-
-
 @pytest.mark.parametrize("wrong", [False, True])
 def test_in_one_row_second_answers_see_prompts_of_first_ones(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash attention is stood in for by the same sums on a CPU; what is gathered for it, and given back, is real."""
-    before = torch.get_autocast_dtype("cpu")
-    torch.set_autocast_dtype("cpu", torch.float32)  # in which documents are attended to
-    try:
-        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention_of_documents)
-        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", slopes_of_documents)
-        if wrong:
-            monkeypatch.setattr(one_row, "TRUNK", FIRST_BRANCH)
-        torch.manual_seed(0)
-        model: Any = BASES["llama"]()
-        model.set_attn_implementation(DOCUMENT_ATTENTION)
-        tell_documents(model.get_decoder(), 64)
+    if wrong:
+        monkeypatch.setattr(one_row, "TRUNK", FIRST_BRANCH)
+    torch.manual_seed(0)
+    model: Any = BASES["llama"]()
+    model.set_attn_implementation(DOCUMENT_ATTENTION)
+    tell_documents(model.get_decoder(), 64)
+    with flash_on_cpu():
         gap = branch_gap(model, 60, torch.device("cpu"), in_one_row=True)
-        assert gap > 1e-3 if wrong else gap < 1e-5
-    finally:
-        torch.set_autocast_dtype("cpu", before)
+    assert gap > 1e-3 if wrong else gap < 1e-5
 
 
 def test_keys_are_gathered_for_second_answers() -> None:

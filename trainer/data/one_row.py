@@ -96,7 +96,7 @@ def _rows(documents: PackedRow, tokens: "Tokens") -> list[PackedRow]:
 def starts_of_documents(position_BT: npt.NDArray[Any]) -> StartPlaces:
     """Where documents start in flattened rows, and where the last ends, by positions that restart: int32.
 
-    None where each row is one document, which needs no more than causal attention.
+    EVERY_ROW where each row is one document, which needs no more than causal attention.
     """
     before_BT = np.roll(position_BT, 1, axis=1)
     is_start_BT = position_BT != before_BT + 1

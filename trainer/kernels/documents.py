@@ -93,14 +93,14 @@ def attend_within_documents(
         _refuse_unread(attention_mask, key)
         attended = dense(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return attended
-    _refuse_arguments(longest, kwargs)
+    refuse_arguments(longest, kwargs)
     if not len(starts):
         attended = dense(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
         return attended
     rows, _, positions, size = query.shape
-    query_NHD = _flattened(query)
-    key_NHD = _flattened(key)
-    value_NHD = _flattened(value)
+    query_NHD = flattened(query)
+    key_NHD = flattened(key)
+    value_NHD = flattened(value)
     scale = scaling
     if scale is None:
         scale = size**-0.5
@@ -114,7 +114,7 @@ def attend_within_documents(
     return attended_BTHD, None
 
 
-def _flattened(heads_BHTD: Tensor) -> Tensor:
+def flattened(heads_BHTD: Tensor) -> Tensor:
     """Heads [N, H, D] in the dtype of the forward pass; rotated by fp32 positions they may be fp32."""
     dtype = torch.get_autocast_dtype(heads_BHTD.device.type)
     heads_BTHD = heads_BHTD.transpose(1, 2)
@@ -122,7 +122,7 @@ def _flattened(heads_BHTD: Tensor) -> Tensor:
     return heads_NHD.to(dtype)
 
 
-def _refuse_arguments(longest: int, arguments: dict[str, Any]) -> None:
+def refuse_arguments(longest: int, arguments: dict[str, Any]) -> None:
     """Raise ValueError where a base's attention does what attention within documents does not."""
     window = arguments.get("sliding_window")
     if window is not None and longest > window:

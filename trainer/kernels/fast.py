@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.parts import attention
+from methods.prefix import ATTENTION as PREFIX
 from runfolder.job import Job
 from runfolder.objectives import shares_prompts
 from trainer.answers_apart import problem_of_branches
@@ -27,6 +28,7 @@ from trainer.kernels import Kernels
 from trainer.kernels.documents import DOCUMENT_ATTENTION, LARGEST_HEAD, tell_documents
 from trainer.kernels.head import LinearHead
 from trainer.kernels.layers import compile_layers, uncompile_layers
+from trainer.kernels.prefixed import PREFIX_ATTENTION
 from trainer.objectives import labels
 from trainer.objectives.score_head import revealed
 
@@ -35,6 +37,8 @@ ATTEMPTS = (
     Kernels(in_one_row=False, compiled=True),
     Kernels(in_one_row=False, compiled=False),
 )
+# By a base's attention the one that does the same within documents.
+IN_ONE_ROW = {"sdpa": DOCUMENT_ATTENTION, PREFIX: PREFIX_ATTENTION}
 PROBE_LENGTH = 32  # tokens of each of the probe's documents, beside virtual ones
 PROBE_PARAMETERS = 8  # trained parameters whose gradient is compared
 # Norm of the difference over that of the plain path's values: bf16 takes 0.03 of the logits of 16 layers.
@@ -110,7 +114,7 @@ def _leave_casts(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _attends_within_documents(job: Job, model: nn.Module, undo: ExitStack) -> bool:
-    """Change a base's dense attention to one within documents; False where it has another, or heads too large."""
+    """Change a base's attention to the same within documents; False where none is known, or heads are too large."""
     base = _base(model)
     config = base.config.get_text_config()
     size = getattr(config, "head_dim", None)
@@ -118,14 +122,15 @@ def _attends_within_documents(job: Job, model: nn.Module, undo: ExitStack) -> bo
         size = config.hidden_size // config.num_attention_heads
     if size > LARGEST_HEAD or size % 8:
         return False
-    if base.config._attn_implementation != "sdpa":
+    before = base.config._attn_implementation
+    if before not in IN_ONE_ROW:
         return False
     kind = job.method.kind
     try:
-        attention.replace(base, DOCUMENT_ATTENTION, kind, nearest=kind)
+        attention.replace(base, IN_ONE_ROW[before], kind, nearest=kind)
     except ValueError:  # it calls an attention of its own
         return False
-    undo.callback(base.set_attn_implementation, "sdpa")
+    undo.callback(base.set_attn_implementation, before)
     decoder = base.get_decoder()
     hook = tell_documents(decoder, job.data.seq_len)
     undo.callback(hook.remove)
