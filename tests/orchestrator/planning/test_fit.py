@@ -155,3 +155,9 @@ def test_a_plan_says_what_a_worker_takes_and_what_to_change(tmp_path: Path, monk
     assert without is not None
     assert without.forecast.source == "fitted line"
     assert "fleetune[train]" in str(without.problem)
+
+
+def test_random_weights_are_not_in_4_bits_whatever_the_base_is_in() -> None:
+    in_4_bits = {**LLAMA_1B, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    assert memory.config_of_base(Model(in_4_bits)) == in_4_bits
+    assert memory.config_of_base(Model(in_4_bits, scratch=True)) == LLAMA_1B
