@@ -26,6 +26,8 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
         return fields
     device = format_bytes(fit.device)
     fields["fits"] = f"{'yes' if fit.fits else 'no'}: {needed}, of {device}"
+    if not fit.fits and not fit.changes:
+        fields["instead"] = "no change is known that would fit"
     for change in fit.changes:
         fields.setdefault("instead", "")
         fields["instead"] += _change_text(change) + "; "

@@ -20,7 +20,7 @@ def llama_shapes(config: Config) -> dict[str, TensorShape]:
     found = dict(_parameters(config))
     for name, shape in found.items():
         for size in shape:
-            if not isinstance(size, int):
+            if not isinstance(size, int) or size < 1:
                 raise TypeError(f"{name} would have the shape {shape}")
     return found
 

@@ -122,8 +122,10 @@ def _leaves_no_doubt(job: Job, forecast: Forecast, device: int | None) -> bool:
 
 
 def config_of_base(model: Model) -> BaseConfig:
-    """The config.json of a base, with as many embeddings as the job has it have."""
+    """The config.json of a base, with as many embeddings as the job has it have; random weights are not in 4 bits."""
     config = dict(model.config)
+    if not model.in_4_bits:
+        config.pop("quantization_config", None)
     if model.embedding_rows is not None:
         config["vocab_size"] = model.embedding_rows
     return config

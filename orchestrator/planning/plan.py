@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from clusters.base import Capacity
 from clusters.machine import total_capacity
 from orchestrator.backends import CLUSTERS, config_of, make_request, open_cluster
-from orchestrator.planning.device import Device, planned_device
+from orchestrator.planning.device import Device, check_gib, planned_device
 from orchestrator.planning.earlier import PastRatios, correction_of, earlier_costs
 from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.generations import Generations, generations
@@ -92,6 +92,7 @@ def planner_of(
 
     The process, which will make the planner's dry runs, starts meanwhile.
     """
+    check_gib(gpu_gib)
     place = _planned_place(job, cluster)
     capacity, is_here = place.capacity, place.is_here
     kind = "gpu"

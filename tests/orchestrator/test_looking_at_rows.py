@@ -233,6 +233,16 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path: Path, base: Path) -> None:
             verb(path)
 
 
+@pytest.mark.usefixtures("home")
+def test_a_config_that_transformers_refuses_is_refused_with_the_cause(tmp_path: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    (base / "model.safetensors").unlink()
+    path = job(tmp_path, {"prompt": "a", "completion": "b"})
+    with pytest.raises(InputError, match=r"its tokenizer cannot be loaded: .*: ValueError: .*attention heads \(7\)"):
+        plan(path, ["base={model: base, init: scratch}"])
+
+
 @pytest.mark.usefixtures("base")
 def test_rows_needs_no_torch_and_speaks_json(tmp_path: Path, home: Path) -> None:
     path = job(tmp_path, {"prompt": "Answer:\u001b[2J", "completion": " yes"})

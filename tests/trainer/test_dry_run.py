@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import LLAMA_1B, random_llama
+from llamas import LLAMA_1B, TWO_LAYERS, random_llama
 
 from methods.base import Setup
 from methods.options.full import Full
@@ -193,6 +193,18 @@ def test_the_longest_micro_batch_of_pairs_has_both_answers() -> None:
     packed = longest_micro_batch(pairs, sample, in_one_row=False)
     assert len(packed) % 2 == 0
     assert 1500 < sum(length for length, _ in packed) <= 2048
+
+
+def test_a_base_that_sees_less_than_a_row_keeps_rows_and_masks_on_the_fast_path() -> None:
+    shape = {**TWO_LAYERS, "model_type": "mistral", "vocab_size": 320}
+    job = job_of({"kind": "lora"})
+    request = {"job": job.dump(), "sample": [(100, 60)], "precision": "bf16", "fast": True, "tried": False}
+    bytes_of = {}
+    for seen_back in (64, 2048):
+        answer = Forecaster().reply({**request, "config": {**shape, "sliding_window": seen_back}})
+        torch._dynamo.reset()
+        bytes_of[seen_back] = sum(answer["bytes"].values())
+    assert bytes_of[64] > bytes_of[2048]
 
 
 def test_a_step_lets_go_of_its_gradients() -> None:

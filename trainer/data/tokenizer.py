@@ -28,6 +28,9 @@ def load_tokenizer(base: Base, folder: Path | None = None) -> Any:
         message = str(error).strip()
         lines = message.splitlines() or [kind]
         reason = lines[0]
+        if reason.endswith(":"):  # what is wrong with a config.json stands below which of its keys it is
+            cause = " ".join(lines[1:2])
+            reason = f"{reason} {cause.strip()}"
         raise TokenizerError(f"base.model: {place}: its tokenizer cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,6 +10,7 @@ from methods.options.base import BaseConfig
 from runfolder.job import Job
 from runfolder.objectives import OutsideOptions
 from trainer.dry_run.answers import answering
+from trainer.dry_run.kernels import sees_documents
 from trainer.dry_run.ledger import Bytes
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import Lengths, longest_micro_batch
@@ -90,7 +91,8 @@ class Forecaster:
             tried = request["tried"]
             documents = sample
             if not tried:
-                documents = longest_micro_batch(job, sample, fast)
+                in_one_row = fast and sees_documents(job, config)
+                documents = longest_micro_batch(job, sample, in_one_row)
             found = self.forecast(job, config, documents, precision, fast, tried)
         except Exception as error:  # whatever a base or method does without values that nobody has tried
             kind = type(error).__name__

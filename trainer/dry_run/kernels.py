@@ -16,6 +16,7 @@ from torch._functorch import config as functorch
 from torch.fx import GraphModule, Interpreter, Node
 
 from methods.base import Method
+from methods.options.base import BaseConfig, window
 from runfolder.job import Job
 from trainer.dry_run.ledger import Ledger
 from trainer.kernels import Kernels
@@ -46,12 +47,20 @@ def fast_kernels(
     in_one_row = False
     if dtype != torch.float32:
         fast._leave_casts(model, undo)
-        in_one_row = fast._attends_within_documents(job, model, undo)
+        of_base = fast._base(model).config.to_dict()
+        in_one_row = sees_documents(job, of_base) and fast._attends_within_documents(job, model, undo)
     with patch.object(layers, "compile_region", tracer):
         layers.compile_layers(model)
     method.speed_up(model, undo)
     undo.pop_all()
     return Kernels(head, in_one_row, compiled=True, fused_step=True)
+
+
+def sees_documents(job: Job, config: BaseConfig) -> bool:
+    """Whether a base's attention sees all of a row: else the probe refuses attention within documents."""
+    of_text = config.get("text_config", config)
+    seen_back = window(of_text)
+    return seen_back is None or job.data.seq_len <= seen_back
 
 
 def unread_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> Tensor:  # noqa: ARG001

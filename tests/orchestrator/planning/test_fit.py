@@ -8,6 +8,7 @@ import pytest
 from jobs import make_base, make_job
 from llamas import LLAMA_1B
 
+from orchestrator.fit_text import fit_fields
 from orchestrator.planning import memory
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
@@ -155,3 +156,15 @@ def test_a_plan_says_what_a_worker_takes_and_what_to_change(tmp_path: Path, monk
     assert without is not None
     assert without.forecast.source == "fitted line"
     assert "fleetune[train]" in str(without.problem)
+
+
+def test_random_weights_are_not_in_4_bits_whatever_the_base_is_in() -> None:
+    in_4_bits = {**LLAMA_1B, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    assert memory.config_of_base(Model(in_4_bits)) == in_4_bits
+    assert memory.config_of_base(Model(in_4_bits, scratch=True)) == LLAMA_1B
+
+
+def test_a_plan_says_so_where_it_knows_no_change_that_would_fit() -> None:
+    too_large = memory.MemoryFit(forecast(10), 11 * GIB, 8 * GIB, False, (), None)
+    assert fit_fields(too_large)["instead"] == "no change is known that would fit"
+    assert "instead" not in fit_fields(memory.MemoryFit(forecast(1), 2 * GIB, 8 * GIB, True, (), None))

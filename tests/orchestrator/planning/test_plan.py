@@ -317,3 +317,16 @@ def test_a_base_that_cannot_pack_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.packing: documents .* of type opt; allowed: false"):
         plan(make_job(tmp_path))
     plan(make_job(tmp_path), ["data.packing=false"])
+
+
+@pytest.mark.parametrize("gib", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_size_of_a_gpu_that_is_none_is_refused(tmp_path: Path, gib: float) -> None:
+    with pytest.raises(InputError, match=r"gpu: found .*; allowed: the GiB of a GPU, above 0"):
+        plan(make_job(tmp_path), gpu_gib=gib)
+
+
+def test_a_config_with_a_size_below_zero_gives_no_shapes() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": -48}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(InputError, match=r"gives no shapes \(TypeError: .*gate_proj.weight would have .*-48"):
+        _ = Model({"model_type": "llama", **sizes, **counts}).shapes
