@@ -50,7 +50,7 @@ class ClusterConfig(Section):
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     gpu_gib: float | None = Field(
-        None, gt=0, description="memory of a GPU there, for plans; null: as the cluster says, where it does"
+        None, gt=0, le=10**6, description="memory of a GPU there, for plans; null: as the cluster says, where it does"
     )
     env: Variables = Field({}, description="variables for every run there; those of the job come before them")
 

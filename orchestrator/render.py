@@ -205,6 +205,8 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         fields |= _size_fields(plan.sizes)
     if plan.fit is not None:
         fields |= fit_fields(plan.fit)
+    elif not plan.has_gpus:
+        fields["fits"] = "not asked, as its workers have no GPU; --gpu GIB or --cluster NAME says where they have"
     if plan.generations is not None:
         fields |= generation_fields(plan.generations)
     if plan.hours is not None:

@@ -13,6 +13,7 @@ Parameters = Iterator[tuple[str, TensorShape]]  # names and shapes
 
 # Values of model_type whose shapes follow from their config.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
+MOST_LAYERS = 10_000
 
 
 def llama_shapes(config: Config) -> dict[str, TensorShape]:
@@ -30,7 +31,10 @@ def _parameters(config: Config) -> Parameters:
     V = config["vocab_size"]
     H = config["hidden_size"]
     yield "model.embed_tokens.weight", (V, H)
-    for layer in range(config["num_hidden_layers"]):
+    layers = config["num_hidden_layers"]
+    if layers > MOST_LAYERS:
+        raise TypeError(f"num_hidden_layers is {layers:,}; allowed: at most {MOST_LAYERS:,}")
+    for layer in range(layers):
         for name, shape in _layer_parameters(config):
             yield f"model.layers.{layer}.{name}", shape
     yield "model.norm.weight", (H,)

@@ -53,6 +53,7 @@ class Plan:
     steps: int | None
     steps_estimated: bool
     sizes: Sizes | None
+    has_gpus: bool  # whether each worker has one
     fit: MemoryFit | None
     hours: HoursForecast | None
     generations: Generations | None  # what it writes itself, where it learns from that
@@ -158,6 +159,7 @@ class Planner(NamedTuple):
             steps=_steps(job, findings),
             steps_estimated=job.train.steps is None,
             sizes=of_job,
+            has_gpus=has_gpus(job, kind),
             fit=memory_fit,
             hours=_hours(job, findings, kind, self.device, place.earlier, written),
             generations=written,

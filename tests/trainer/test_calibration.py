@@ -133,7 +133,7 @@ def test_a_forecast_that_was_too_low_is_corrected_by_what_did_not_fit(
     # 40 GiB were foretold and 80 do not suffice: of one row 10 are, with a margin and what CUDA takes.
     assert foretelling.fitting_changes(run, 80 * 2**30) == "it would with train.micro_batch=1 (about 11.1 GiB)"
     run.job = with_setting(run.job, "train.micro_batch", 1)
-    assert foretelling.fitting_changes(run, 2**30).startswith("not even with train.gradient_checkpointing=True")
+    assert foretelling.fitting_changes(run, 2**30).startswith("not even with train.gradient_checkpointing=true")
 
 
 def worker_of(new_run: Any) -> Any:

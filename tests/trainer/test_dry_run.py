@@ -1,6 +1,7 @@
 """Dry runs, against stored figures: a change of the trainer that takes more memory fails here, without a GPU."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.dry_run.kernels import LayerTracer
 from trainer.dry_run.line import whole_base
 from trainer.dry_run.longest import longest_micro_batch
 from trainer.dry_run.model import with_layers
+from trainer.dry_run.process import TRIAL
 from trainer.dry_run.steps import DryRun, Passes, TriedPasses, alone
 from trainer.dry_run.zero import Weights, shared
 from trainer.zero.engine import Alone
@@ -162,6 +164,14 @@ def test_layers_share_one_compilation_on_the_fast_path(kind: str, monkeypatch: p
     torch._dynamo.reset()
     assert found["activations"] > 0
     assert len(compiled) == 1
+
+
+def test_its_process_ends_in_the_middle_of_a_request_whose_maker_has_died() -> None:
+    job = job_of({"kind": "lora"}).dump()
+    how = {"precision": "bf16", "fast": True, "tried": False}
+    request = json.dumps({"job": job, "config": LLAMA_1B, "sample": [(64, 63)], **how})
+    ended = subprocess.run(TRIAL, input=f"{request}\n", capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "")
 
 
 def test_stages_that_share_no_weights_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

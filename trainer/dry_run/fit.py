@@ -58,7 +58,7 @@ class Change:
         """The settings in words."""
         settings = []
         for key, value in self.settings.items():
-            settings.append(f"{key}={value}")
+            settings.append(f"{key}={_as_in_job(value)}")
         return " and ".join(settings)
 
 
@@ -101,6 +101,17 @@ def with_setting(job: Job, key: str, value: Any) -> Job:
         section = section[name]
     section[last] = value
     return Job.model_validate(dumped)
+
+
+def _as_in_job(value: Any) -> str:
+    """A value as job.yaml has it, on one line."""
+    if not isinstance(value, dict):
+        return str(value).lower()
+    pairs = []
+    for key, of_key in value.items():
+        pairs.append(f"{key}: {_as_in_job(of_key)}")
+    inner = ", ".join(pairs)
+    return f"{{{inner}}}"
 
 
 def _is_in_vain(key: str, value: Any, job: Job, now: Forecast, device: int) -> bool:

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 from jobs import make_base, make_job
 from llamas import LLAMA_1B
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.fit_text import fit_fields
 from orchestrator.planning import memory
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 from runfolder.job import Job
-from trainer.dry_run.fit import LINE_MARGIN, Forecast, changes_that_fit, with_setting
+from trainer.dry_run.fit import LINE_MARGIN, Change, Forecast, changes_that_fit, with_setting
 from trainer.dry_run.process import DryRunFailed
 
 GIB = 2**30
@@ -53,6 +55,11 @@ def test_changes_are_tried_upon_each_other_until_one_fits() -> None:
     assert [change.fits for change in tried] == [False, True]
     assert tried[-1].settings == {"train.micro_batch": 1, "train.gradient_checkpointing": True}
     assert asked[-1].train.micro_batch == 1
+
+
+def test_changes_read_as_in_job_yaml() -> None:
+    change = Change({"train.gradient_checkpointing": True, "method": {"kind": "qlora", "rank": 8}}, 0, True)
+    assert change.text == "train.gradient_checkpointing=true and method={kind: qlora, rank: 8}"
 
 
 def test_a_change_that_no_dry_run_can_try_is_left_out() -> None:
@@ -138,8 +145,10 @@ def test_what_makes_no_sense_together_is_refused() -> None:
         with_setting(fast, "sharding.zero", 3)
 
 
-def test_a_plan_without_gpus_foretells_no_memory_of_them(tmp_path: Path) -> None:
+def test_a_plan_without_gpus_foretells_no_memory_of_them_and_says_how_it_would(tmp_path: Path) -> None:
     assert plan(make_job(tmp_path)).fit is None
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "job.yaml")])
+    assert "--gpu GIB or --cluster NAME" in " ".join(shown.output.split())
 
 
 def test_a_plan_says_what_a_worker_takes_and_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,11 @@ def test_a_config_without_a_size_gives_no_shapes() -> None:
         _ = Model({**CONFIG, "hidden_size": None, "head_dim": 8}).shapes
 
 
+def test_a_config_of_a_million_layers_gives_no_shapes() -> None:
+    with pytest.raises(InputError, match=r"gives no shapes \(TypeError: num_hidden_layers is 1,000,000; "):
+        _ = Model({**CONFIG, "num_hidden_layers": 10**6}).shapes
+
+
 def test_a_base_that_cannot_pack_is_refused(tmp_path: Path) -> None:
     make_base(tmp_path / "base", architectures=["OPTForCausalLM"])
     config = tmp_path / "base" / "config.json"
