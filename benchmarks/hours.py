@@ -135,7 +135,10 @@ def line(row: dict[str, Any]) -> str:
 def summary(forecast: str, rows: list[dict[str, Any]]) -> str:
     """How far a forecast was off, and how often its interval held."""
     errors = list(errors_of(forecast, rows))
-    held = sum(row[forecast][0] <= row["seconds"][forecast] <= row[forecast][2] for row in rows)
+    held = 0
+    for row in rows:
+        low, _, high = row[forecast]
+        held += low <= row["seconds"][forecast] <= high
     middle = statistics.median(errors)
     return f"{forecast}: median error {middle:.1%}, largest {max(errors):.1%}, {held} of {len(rows)} intervals held"
 

@@ -13,6 +13,7 @@ _DESTINATION = re.compile(r"[A-Za-z0-9_][\w.@:%+\[\]-]*")
 _WITH_PORT = re.compile(r"^[^:]*:\d+$")  # an address of IPv6 has more colons
 _ASSIGNMENT = re.compile(r"\b(\w++)=[\"']?([^\s\"'$`;&|]+)")  # of a text, not of what a command prints
 _PLACE = re.compile(r"[^-\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,4095}")
+MOST_GIB = 10**6  # of the memory of a GPU that somebody says
 
 
 def _refuse_secrets(variables: Iterable[tuple[str, str]]) -> None:
@@ -50,7 +51,10 @@ class ClusterConfig(Section):
     )
     setup: tuple[str, ...] = Field((), description="shell lines before Python starts, like `module load python/3.12`")
     gpu_gib: float | None = Field(
-        None, gt=0, le=10**6, description="memory of a GPU there, for plans; null: as the cluster says, where it does"
+        None,
+        gt=0,
+        le=MOST_GIB,
+        description="memory of a GPU there, for plans; null: as the cluster says, where it does",
     )
     env: Variables = Field({}, description="variables for every run there; those of the job come before them")
 

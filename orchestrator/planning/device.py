@@ -5,6 +5,7 @@ import subprocess
 from typing import NamedTuple
 
 from clusters.base import Capacity
+from clusters.config import MOST_GIB
 from orchestrator.errors import InputError
 from trainer.devices import memory_of_name
 
@@ -12,7 +13,6 @@ _ASK_DEVICE = ("nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,nohe
 _DRIVER_S = 10.0
 _MIB = 2**20
 _GIB = 2**30
-_MOST_GIB = 1_000_000
 
 
 class Device(NamedTuple):
@@ -26,9 +26,9 @@ def check_gib(said: float | None) -> None:
     """Raise InputError where what somebody said of a GPU's memory is no size."""
     if said is None:
         return
-    is_size = 0 < said <= _MOST_GIB
+    is_size = 0 < said <= MOST_GIB
     if not is_size:
-        raise InputError(f"gpu: found {said:g}; allowed: the GiB of a GPU, above 0 and at most {_MOST_GIB:,}")
+        raise InputError(f"gpu: found {said:g}; allowed: the GiB of a GPU, above 0 and at most {MOST_GIB:,}")
 
 
 def planned_device(capacity: Capacity, is_here: bool, said_gib: float | None) -> Device:

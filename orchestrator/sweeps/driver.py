@@ -33,7 +33,7 @@ from runfolder.cooling import COOLED
 from runfolder.resources import Resources
 
 _METRICS = "metrics.jsonl"
-THREADS = "OMP_NUM_THREADS"
+_THREADS = "OMP_NUM_THREADS"
 _DIGEST_LENGTH = 16
 Say = Callable[[str], None]
 FoundTrials = dict[Trial, Reached]
@@ -123,17 +123,17 @@ class SweepDriver:
     def _shared_cores(self) -> Iterator[None]:
         """Within it, a run that begins here gets a share of the cores, of which it would take all: others run too."""
         is_here = self.cluster == "local"
-        if not is_here or THREADS in os.environ:
+        if not is_here or _THREADS in os.environ:
             yield
             return
         resources = Resources.model_validate(self.submitted["resources"])
         workers = self.sweep.parallel * resources.world_size
         threads = max(1, cores() // workers)
-        os.environ[THREADS] = str(threads)
+        os.environ[_THREADS] = str(threads)
         try:
             yield
         finally:
-            del os.environ[THREADS]
+            del os.environ[_THREADS]
 
     def judged(self, found: FoundTrials) -> set[str]:
         """The run ids of trials that succeeded; of a race those alone whose configuration was run with all seeds."""

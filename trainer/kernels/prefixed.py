@@ -64,6 +64,17 @@ class KeyPlaces(NamedTuple):
         return own_NHD, prefix_VHD.to(slope_MHD.dtype)
 
 
+def _with_prefixes(
+    key_NHD: Tensor, value_NHD: Tensor, prefix_2VHD: Tensor, starts_S: Tensor
+) -> tuple[KeyPlaces, Tensor, Tensor]:
+    """Keys and values [M, H, D] with a copy of the prefix in front of each document, and where they are."""
+    key_VHD, value_VHD = prefix_2VHD
+    tokens = len(key_NHD)
+    in_front = len(key_VHD)
+    places = KeyPlaces.of(starts_S, tokens, in_front)
+    return places, places.laid_out(key_NHD, key_VHD), places.laid_out(value_NHD, value_VHD)
+
+
 @torch.library.custom_op("fleetune::prefix_attention", mutates_args=())
 def prefix_attention(
     query_NHD: Tensor,
@@ -74,15 +85,15 @@ def prefix_attention(
     longest: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention [N, H, D] within documents to the prefix and themselves, and the logarithms of its sums."""
-    key_VHD, value_VHD = prefix_2VHD
-    in_front = len(key_VHD)
-    tokens = len(key_NHD)
-    places = KeyPlaces.of(starts_S, tokens, in_front)
-    key_MHD = places.laid_out(key_NHD, key_VHD)
-    value_MHD = places.laid_out(value_NHD, value_VHD)
-    most_keys = longest + in_front
-    return flash_attention(query_NHD, key_MHD, value_MHD, starts_S, places.start_S, most_keys, scale)
+    """Causal attention [N, H, D] within documents to the prefix and themselves, and the logarithms of its sums.
+
+    `longest` is the most keys that a document has, with the prefix.
+    """
+    places, key_MHD, value_MHD = _with_prefixes(key_NHD, value_NHD, prefix_2VHD, starts_S)
+    key_starts_S = places.start_S
+    attention = flash_attention(query_NHD, key_MHD, value_MHD, starts_S, key_starts_S, longest, scale)
+    attended_NHD, sums = attention
+    return attended_NHD, sums
 
 
 prefix_attention.register_fake(like_attention)
@@ -102,16 +113,12 @@ def prefix_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and prefix."""
-    key_VHD, value_VHD = prefix_2VHD
-    in_front = len(key_VHD)
-    tokens = len(key_NHD)
-    places = KeyPlaces.of(starts_S, tokens, in_front)
-    key_MHD = places.laid_out(key_NHD, key_VHD)
-    value_MHD = places.laid_out(value_NHD, value_VHD)
-    most_keys = longest + in_front
-    query_slope, key_slope_MHD, value_slope_MHD = flash_attention_backward(
-        slope_NHD, query_NHD, key_MHD, value_MHD, attended_NHD, sums, starts_S, places.start_S, most_keys, scale
+    places, key_MHD, value_MHD = _with_prefixes(key_NHD, value_NHD, prefix_2VHD, starts_S)
+    key_starts_S = places.start_S
+    slopes = flash_attention_backward(
+        slope_NHD, query_NHD, key_MHD, value_MHD, attended_NHD, sums, starts_S, key_starts_S, longest, scale
     )
+    query_slope, key_slope_MHD, value_slope_MHD = slopes
     key_slope, key_of_prefix_VHD = places.given_back(key_slope_MHD)
     value_slope, value_of_prefix_VHD = places.given_back(value_slope_MHD)
     of_prefix_2VHD = torch.stack([key_of_prefix_VHD, value_of_prefix_VHD])
@@ -167,11 +174,12 @@ def attend_within_documents_with_prefix(
     prefix: Any = module.prefix
     prefix_2HVD = prefix[:, heads].to(query_NHD.dtype)
     prefix_2VHD = prefix_2HVD.transpose(1, 2)
+    most_keys = longest + prefix.shape[2]
     scale = scaling
     if scale is None:
         scale = size**-0.5
     attended_NHD, _ = prefix_attention(
-        query_NHD, flattened(key), flattened(value), prefix_2VHD, starts, longest, scale
+        query_NHD, flattened(key), flattened(value), prefix_2VHD, starts, most_keys, scale
     )
     return attended_NHD.unflatten(0, (rows, positions)), None
 
