@@ -19,7 +19,7 @@ def make_database(file: Path, make: Callable[[str], object]) -> None:
     """
     unique = uuid.uuid4().hex
     draft = file.with_name(f".{file.name}.{unique}")
-    copy = draft.with_suffix(".whole")  # a file that no connection of MLflow's knows
+    copy = file.with_name(f"{draft.name}.whole")  # a file that no connection of MLflow's knows
     try:
         make(f"sqlite:///{draft}")
         with closing(sqlite3.connect(draft)) as made, closing(sqlite3.connect(copy)) as whole:
