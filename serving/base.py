@@ -85,7 +85,10 @@ class FrozenBase:
         return bias_N[rows]
 
     def rotation(self, config: Any, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [P, F] of the rotary positions that a config of this base's family describes."""
+        """Cosines and sines [P, F] of the rotary positions that a config of this base's family describes.
+
+        They are fp32, but have the base's precision: transformers rounds them, so the base was trained with them so.
+        """
         check(config)
         decoder = self.model.model
         rotary_class = type(decoder.rotary_emb)
@@ -99,9 +102,9 @@ class FrozenBase:
         angle_PF = position_P1 * frequency_F
         cos_PF = angle_PF.cos() * scaling
         sin_PF = angle_PF.sin() * scaling
-        cos_PF = cos_PF.to(self.device)
-        sin_PF = sin_PF.to(self.device)
-        return cos_PF, sin_PF
+        cos_PF = cos_PF.to(self.device, self.dtype)
+        sin_PF = sin_PF.to(self.device, self.dtype)
+        return cos_PF.float(), sin_PF.float()
 
     def _linear_layers(self) -> Iterator[LinearLayer]:
         """The linear layers of a decoder layer."""

@@ -7,6 +7,7 @@ import torch
 from llamas import TWO_LAYERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from serving.base import FrozenBase
 from serving.engine import Engine
 from serving.error import BaseRefused
 from serving.sequence import Request
@@ -50,6 +51,22 @@ def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     assert (engine.logits(Request(PROMPTS[-1])) - logits).abs().max() < 1e-5 * logits.std()
     found = engine.generate([Request(prompt, new_tokens=12) for prompt in PROMPTS])
     assert [list(p) + answer for p, answer in zip(PROMPTS, found, strict=True)] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_are_rounded_as_transformers_rounds_them(family: str, dtype: torch.dtype) -> None:
+    model = random_model(family, **FAMILIES[family])
+    rotary = model.model.rotary_emb
+    model.model.layers.to(dtype)  # of a model that is cast whole, the frequencies lose as well
+    model.model.norm.to(dtype)
+    model.model.embed_tokens.to(dtype)
+    model.lm_head.to(dtype)
+    expected = rotary(torch.zeros(1, 1, dtype=dtype), torch.arange(100)[None])
+    base = FrozenBase(model)
+    for found_pf, expected_1pe in zip(base.rotation(model.config, 100), expected, strict=True):
+        half = found_pf.shape[1]
+        assert torch.equal(found_pf, expected_1pe[0, :, :half].float())
 
 
 def test_the_model_goes_on_working_on_the_same_memory() -> None:

@@ -345,6 +345,7 @@ def test_accuracies_by_margin_and_length() -> None:
             "accuracy_chosen_shorter": 1.0,
             "accuracy_chosen_as_long": 0.25,
             "accuracy_chosen_longer": 2 / 3,
+            "accuracy_by_length_alone": (3 + 2 / 2) / 7,
         }
     )
     together = [torch.cat([figures[f"{kind}_chosen"], figures[f"{kind}_rejected"]]) for kind in ("reward", "labels")]

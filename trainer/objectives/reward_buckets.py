@@ -70,7 +70,10 @@ def of_lengths(figures: TensorsByName) -> TensorsByName:
 
 
 def accuracies(metrics: dict[str, float]) -> dict[str, float]:
-    """The same means with accuracies in the place of won pairs, and one correlation in that of moments."""
+    """The same means with accuracies in the place of won pairs, and one correlation in that of moments.
+
+    `accuracy_by_length_alone` is that of the better of two rules, to prefer the longer answer or the shorter one.
+    """
     moments = []
     found = {}
     for name, mean in metrics.items():
@@ -87,7 +90,16 @@ def accuracies(metrics: dict[str, float]) -> dict[str, float]:
     for name in _MOMENTS:
         moments.append(metrics[name])
     found["score_length_correlation"] = correlation(*moments)
+    found["accuracy_by_length_alone"] = by_length_alone(metrics)
     return found
+
+
+def by_length_alone(metrics: dict[str, float]) -> float:
+    """How often the longer answer is the chosen one, or the shorter, if that is more; equal lengths count one half."""
+    longer = metrics["share_chosen_longer"]
+    shorter = metrics["share_chosen_shorter"]
+    equal = metrics["share_chosen_as_long"]
+    return max(longer, shorter) + equal / 2
 
 
 def correlation(x: float, y: float, x_squared: float, y_squared: float, product: float) -> float:
