@@ -95,7 +95,7 @@ def accuracies(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def by_length_alone(metrics: dict[str, float]) -> float:
-    """How often the longer answer is the chosen one, or the shorter, if that is more; equal lengths count one half."""
+    """How often the longer answer is the chosen one, or the shorter if that is more; equal lengths count half."""
     longer = metrics["share_chosen_longer"]
     shorter = metrics["share_chosen_shorter"]
     equal = metrics["share_chosen_as_long"]
