@@ -151,6 +151,10 @@ class Workers:
             return False
         return True
 
+    def are_up(self) -> bool:
+        """Whether all processes live; a kill may come when a run has ended."""
+        return all(process.is_alive() for process in self._processes)
+
     def stop(self) -> None:
         """End the processes."""
         for process in self._processes:
@@ -180,6 +184,8 @@ def launch(workers: dict[int, Workers], cache: Path, tmp_path_factory: pytest.Te
 
     def start(world: int, *run_dirs: Path, timeout: float = 240) -> None:
         for run_dir in run_dirs:
+            if world in workers and not workers[world].are_up():
+                workers.pop(world).stop()
             if world not in workers:
                 workers[world] = Workers(world, cache, log)
             before, done = log.stat().st_size, False

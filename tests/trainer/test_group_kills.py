@@ -69,7 +69,8 @@ def ends(new_run: Any, launch: Any, ending_base: Path, held_out: Path, tmp_path:
                 deaths += 1
                 assert deaths <= len(kills), died
         assert deaths >= len(kills) / 2  # some may come when it has ended
-        time.sleep(max(kills.values(), default=0.0))  # for a kill that comes when it has ended
+        if kills:
+            time.sleep(max(kills.values()) + 1)  # for one that comes when it has ended: not to the next run
         return run, (folder / "calls.txt").read_text().splitlines()
 
     return train
