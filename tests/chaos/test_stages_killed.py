@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jobs import only_queued
 from killer import HEAD, Killer
-from scene import mlflow_run, signal_all, until
+from scene import lives, mlflow_run, signal_all, until
 from stages_here import do_all_stages
 
 from clusters.local import Local
@@ -70,6 +70,7 @@ def test_kills_in_every_stage_change_nothing(cluster: Local, tmp_path: Path, lau
         if not pids:
             continue
         signal_all(pids, signal.SIGKILL)
+        until(lambda pids=pids: not any(map(lives, pids)))
         if victim in ("supervisor", "everything"):
             cluster.start()
         killed += 1
