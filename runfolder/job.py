@@ -170,15 +170,6 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_be_fast(self) -> "Job":
-        if self.train.kernels == "fast" and self.sharding.zero == 3:
-            raise ValueError(
-                "train.kernels fast at sharding.zero 3, where weights are whole for moments alone; "
-                "allowed: train.kernels auto or plain, or sharding.zero 0, 1 or 2"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _can_share_rows(self) -> "Job":
         sequence = self.sharding.sequence
         workers = self.resources.world_size

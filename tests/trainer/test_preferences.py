@@ -308,7 +308,7 @@ def test_log_likelihoods_are_the_same_in_chunks_and_by_the_head(way: str, monkey
         assert expected[place].item() == pytest.approx(
             log_likelihood(model, tokens.document(number)).item(), rel=1e-6
         )
-    kernels = Kernels(LinearHead(model.lm_head, torch.float32)) if way == "head" else Kernels()
+    kernels = Kernels(LinearHead(model, torch.float32)) if way == "head" else Kernels()
     monkeypatch.setattr(likelihood, "CHUNK", 4)
     policy, gradient = found(kernels)
     torch.testing.assert_close(policy, expected, rtol=1e-6, atol=1e-6)

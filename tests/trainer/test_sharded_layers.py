@@ -6,6 +6,7 @@ Weights of the tiny base are so small that they would all be resident; here none
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from methods.registry import create
 from runfolder.job import Job
 from trainer.base import load_model
 from trainer.data.tokens import virtual_ids
+from trainer.kernels.fast import make_fast
 from trainer.world import join_process_group
 from trainer.zero import by_layer, engine, gather
 from trainer.zero.by_layer import gather_by_layer
@@ -63,6 +65,7 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
         "batch_tokens": 64,
         "lr": lr,
         "gradient_checkpointing": case.get("checkpointed", False),
+        "kernels": "fast" if case.get("fast") else "plain",
     }
     data = {"train": "/x.jsonl", "seq_len": LENGTH}
     parts = {
@@ -78,6 +81,12 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
     method = create(job.method, Setup(STEPS, 0, LENGTH, AutoTokenizer.from_pretrained(base), gather))
     model = load_model(job, method, torch.float32, torch.device("cpu"))
     method.initialise(model, iter(()))
+    head = None
+    if case.get("fast"):
+        with torch.compiler.set_stance("default" if case.get("compiled") else "force_eager"):
+            kernels = make_fast(job, model, method, torch.float32, torch.device("cpu"))
+        assert kernels.compiled and not kernels.problems
+        head = kernels.head
     sharded = ShardedModel(model, method, job.sharding.zero, lr, {})
     sent: list[int] = []
     backend, generator = comm.cdb, torch.Generator().manual_seed(0)
@@ -97,8 +106,14 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
             drawn_BT = torch.randint(0, 300, (2 * ROWS, LENGTH), generator=generator)[rank * ROWS :][:ROWS]
             ids_BT = torch.cat([front, drawn_BT], 1)
             places_BT = torch.arange(ids_BT.shape[1]).expand(ROWS, -1)
-            logits_BTV = sharded.engine(input_ids=ids_BT, position_ids=places_BT).logits[:, -LENGTH:-1]
-            loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), drawn_BT[:, 1:].flatten())
+            of_head = head.left_out() if head else nullcontext()
+            with of_head, torch.compiler.set_stance("default" if case.get("compiled") else "force_eager"):
+                logits_BTV = sharded.engine(input_ids=ids_BT, position_ids=places_BT).logits[:, -LENGTH:-1]
+            label_N = drawn_BT[:, 1:].flatten()
+            if head:
+                loss = head.total(logits_BTV.flatten(0, 1), label_N) / len(label_N)
+            else:
+                loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), label_N)
             sharded.backward(loss / (2 * PASSES))
             losses += loss.detach() / (2 * PASSES)
         torch.distributed.all_reduce(losses)
@@ -129,6 +144,7 @@ def test_sharded_layers_train_as_at_zero_2(names: list[str], tiny_base: Path, tm
         {"zero": 2, "resident": 0},
         {"zero": 3, "resident": 0},
         {"zero": 3, "resident": 500, "checkpointed": True},
+        {"zero": 3, "resident": 0, "fast": True},
     ]
     cases = [{"name": name, **variant} for name in names for variant in variants]
     found = run(tmp_path, tiny_base, cases)
@@ -137,6 +153,16 @@ def test_sharded_layers_train_as_at_zero_2(names: list[str], tiny_base: Path, tm
         for other in others:
             assert difference(other["curve"], expected["curve"]) < 1e-6, (name, other)
             assert other["gathers"] > 0
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("workers")
+@pytest.mark.timeout(3600)
+def test_sharded_layers_that_are_compiled_train_as_at_zero_2(tiny_base: Path, tmp_path: Path) -> None:
+    variants = [{"zero": 2, "resident": 0}, {"zero": 3, "resident": 0, "fast": True, "compiled": True}]
+    found = run(tmp_path, tiny_base, [{"name": name, **variant} for name in NAMES for variant in variants])
+    for name, expected, compiled in zip(NAMES, found[::2], found[1::2], strict=True):
+        assert difference(compiled["curve"], expected["curve"]) < 1e-5, name
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap

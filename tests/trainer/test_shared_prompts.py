@@ -98,7 +98,7 @@ def test_log_likelihoods_and_gradients_are_as_if_apart(base: str, head: bool) ->
     tokens = pairs((5, 4, 7), (9, 3, 2), (1, 2, 2))
     torch.manual_seed(0)
     model: Any = BASES[base]().eval()
-    kernels = Kernels(LinearHead(model.lm_head, torch.float32)) if head else Kernels()
+    kernels = Kernels(LinearHead(model, torch.float32)) if head else Kernels()
 
     def found(rows: list[list[int]], shared: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         arrays = likelihood_arrays(rows, tokens, 0, shared)

@@ -49,7 +49,8 @@ class Forecaster:
         passes = Passes(job, documents, dtype, fast)
         found = self._at_any_stage(passes, config)
         element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
-        weights = Weights(found.trained, found.frozen, element, found.held, job.sharding.offloads, found.of_layer)
+        offloads = job.sharding.offloads
+        weights = Weights(found.trained, found.frozen, element, found.held, offloads, found.of_layer, found.of_head)
         stage = job.sharding.zero
         workers = job.resources.world_size
         alone = dict(found.moments)

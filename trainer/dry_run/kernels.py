@@ -42,7 +42,8 @@ def fast_kernels(
 
     undo = ExitStack()
     model.eval()  # attention that is sparse in training would look at positions
-    head = fast.linear_head(model, dtype)
+    sharded = job.sharding.zero == 3
+    head = fast.linear_head(model, dtype, sharded)
     model.train()
     in_one_row = False
     if dtype != torch.float32:
@@ -51,7 +52,8 @@ def fast_kernels(
         in_one_row = sees_documents(job, of_base) and fast._attends_within_documents(job, model, undo)
     with patch.object(layers, "compile_region", tracer):
         layers.compile_layers(model)
-    method.speed_up(model, undo)
+    if not sharded:
+        method.speed_up(model, undo)
     undo.pop_all()
     return Kernels(head, in_one_row, compiled=True, fused_step=True)
 

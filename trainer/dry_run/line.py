@@ -32,7 +32,7 @@ def whole_base(passes: Passes, config: BaseConfig) -> TriedPasses:
     trained = along(at_shallow.trained, at_deep.trained)
     frozen = along(at_shallow.frozen, at_deep.frozen)
     held = along(at_shallow.held, at_deep.held)
-    return TriedPasses(moments, trained, frozen, held, at_deep.of_layer)
+    return TriedPasses(moments, trained, frozen, held, at_deep.of_layer, at_deep.of_head)
 
 
 def depths(config: BaseConfig) -> tuple[int, int]:

@@ -79,6 +79,7 @@ class TriedPasses:
     frozen: int
     held: int = 0  # bytes in 4 bits
     of_layer: int = 0  # elements of the largest layer
+    of_head: int = 0  # elements of a head that the loss computes with
 
 
 class DryRun:
@@ -119,7 +120,8 @@ class DryRun:
         trained = count_trained(model)
         weights = sum(parameter.numel() for parameter in model.parameters())
         of_layer = largest_layer(model)
-        return TriedPasses(ledger.peaks, trained, weights - trained, held, of_layer)
+        of_head = kernels.head.elements if kernels.head else 0
+        return TriedPasses(ledger.peaks, trained, weights - trained, held, of_layer, of_head)
 
 
 def _take_steps(

@@ -20,7 +20,8 @@ class Weights:
     """Elements of the weights that are trained, and of those that are frozen, of `element` bytes each.
 
     `held` are the bytes of those in 4 bits, which every worker has whole. `offloaded` says that moments are on the
-    host, and what is on the device of them are buffers. `of_layer` are the elements of the largest layer.
+    host, and what is on the device of them are buffers. `of_layer` are the elements of the largest layer, `of_head`
+    those of a head whose weight is gathered for the loss.
     """
 
     trained: int
@@ -29,6 +30,7 @@ class Weights:
     held: int = 0
     offloaded: bool = False
     of_layer: int = 0
+    of_head: int = 0
 
 
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
@@ -55,10 +57,10 @@ def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
 
 
 def _gathered(weights: Weights) -> int:
-    """Bytes of weights that stay gathered, at most, and of the buffer in which a layer comes."""
+    """Bytes of weights that stay gathered, at most, of the head, and of the buffer in which a layer comes."""
     trained = min(weights.trained, LIVE)
     frozen = min(weights.frozen, LIVE - trained)
     trained_bytes = trained * FP32
     frozen_bytes = frozen * weights.element
-    buffer = weights.of_layer * weights.element
-    return trained_bytes + frozen_bytes + buffer
+    at_a_time = weights.of_layer + weights.of_head
+    return trained_bytes + frozen_bytes + at_a_time * weights.element

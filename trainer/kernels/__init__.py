@@ -5,7 +5,8 @@
 - `layers.py`: decoder layers compiled one by one.
 - `shared_products.py`: adapters that have one input multiply it once.
 - `fused_gates.py`, `gate.py`, `gate_kernels.py`: what lies between the adapters of a gated MLP, as one operation.
-- `fast.py`: which of these a model gets, and the check that it computes what the plain path does.
+- `fast.py`: which of these a model gets.
+- `probe.py`: the check that it then computes what the plain path does.
 """
 
 from dataclasses import dataclass, field

@@ -14,33 +14,46 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from trainer.data.layout import IGNORED
+from trainer.zero.gather import gathered, shape
 
 LABELS_AT_ONCE = 2048
 
 
 class LinearHead:
-    """A linear head without bias, which the loss takes over: the model then gives what the head would get."""
+    """A linear head without bias, which the loss takes over: the model then gives what the head would get.
 
-    def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
-        self._module = module
+    Where its weight is sharded it is gathered for the loss, and must be frozen.
+    """
+
+    def __init__(self, base: Any, dtype: torch.dtype) -> None:
+        self._base = base
+        self._module: Any = base.get_output_embeddings()  # an nn.Linear
         self._dtype = dtype  # of the forward pass
 
+    @property
+    def elements(self) -> int:
+        """How many its weight has."""
+        return shape(self._module.weight).numel()
+
     @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Within it, the model gives hidden states in the place of logits."""
-        module: Any = self._module
-        module.forward = _as_it_is
+    def left_out(self) -> Iterator[nn.Module]:
+        """Within it, the model gives hidden states in the place of logits; gives what stands where the head was.
+
+        The module is taken out, as ZeRO would gather its weight, and that in the backward pass too.
+        """
+        gap = nn.Identity()
+        self._base.set_output_embeddings(gap)
         try:
-            yield
+            yield gap
         finally:
-            del module.forward
+            self._base.set_output_embeddings(self._module)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """What the model would give of hidden states, in the dtype of its forward pass."""
         hidden_ND = hidden_ND.to(self._dtype)
-        weight_VD = self._module.weight
-        weight_VD = weight_VD.to(self._dtype)
-        return hidden_ND @ weight_VD.T
+        with gathered([self._module.weight]):
+            weight_VD: Tensor = self._module.weight.to(self._dtype)
+            return hidden_ND @ weight_VD.T
 
     def losses(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """The cross entropy of each label [N], fp32; zero for an ignored one."""
@@ -53,15 +66,11 @@ class LinearHead:
 
     def _losses(self, hidden_ND: Tensor, label_N: Tensor, summed: bool) -> Tensor:
         hidden_ND = hidden_ND.to(self._dtype)
-        weight_VD = self._module.weight
-        weight_VD = weight_VD.to(self._dtype)
         apply: Any = _LabelLosses.apply
-        losses_N: Tensor = apply(hidden_ND, weight_VD, label_N, summed)
+        with gathered([self._module.weight]):
+            weight_VD = self._module.weight.to(self._dtype)
+            losses_N: Tensor = apply(hidden_ND, weight_VD, label_N, summed)
         return losses_N
-
-
-def _as_it_is(hidden: Tensor) -> Tensor:
-    return hidden
 
 
 def chunk_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> Tensor:

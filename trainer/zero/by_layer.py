@@ -5,6 +5,7 @@ for what to gather and to release in each hook; with a layer as its unit (a leaf
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from methods.base import Keywords
-from trainer.zero.gather import shape
+from trainer.zero.gather import gathered, is_sharded, shape
 
 LIVE = 10**9  # elements that DeepSpeed lets stay gathered (stage3_max_live_parameters)
 Positional = tuple[Any, ...]
@@ -57,6 +58,52 @@ def gather_by_layer(model: nn.Module) -> int:
             layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
         set_z3_leaf_modules(model, [GradientCheckpointingLayer])
     return largest
+
+
+@contextmanager
+def whole_in_part(model: nn.Module) -> Iterator[None]:
+    """Within it, a sharded model that has no engine yet is whole, but of its decoder layers it has the first alone.
+
+    They are as many as it takes to have each kind of layer, and two at least. A collective over all ranks. A model
+    that is not sharded stays as it is.
+    """
+    sharded = any(map(is_sharded, model.parameters()))
+    if not sharded:
+        yield
+        return
+    whole = list(_lists_of_layers(model))
+    try:
+        for parent, name, layers in whole:
+            count = _first_of_each_kind(layers)
+            setattr(parent, name, layers[:count])
+        with gathered(model.parameters()):
+            yield
+    finally:
+        for parent, name, layers in whole:
+            setattr(parent, name, layers)
+
+
+def _lists_of_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
+    """The lists of decoder layers in a model, with the module that has each, and its name there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if not isinstance(child, nn.ModuleList):
+                continue
+            if any(isinstance(layer, GradientCheckpointingLayer) for layer in child):
+                yield parent, name, child
+
+
+def _first_of_each_kind(layers: nn.ModuleList) -> int:
+    """How many layers, from the first on, have all kinds among them."""
+    kinds = []
+    for layer in layers:
+        attention = getattr(layer, "attention_type", None)
+        kinds.append((type(layer), attention))
+    count = 2
+    for kind in set(kinds):
+        first = kinds.index(kind)
+        count = max(count, first + 1)
+    return count
 
 
 def _with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:

@@ -23,6 +23,8 @@ def gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> Abst
     A collective over all ranks. Weights that are not sharded are whole already, and keep what each rank writes.
     """
     sharded = list(filter(is_sharded, parameters))
+    if not modified:
+        sharded = [parameter for parameter in sharded if not is_gathered(parameter)]
     if not sharded:
         return nullcontext()
     import deepspeed
@@ -54,6 +56,12 @@ def gathered_in_turn(model: nn.Module) -> Iterator[None]:
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether ZeRO 3 has this parameter in slices; a plain one has no id of DeepSpeed."""
     return hasattr(parameter, "ds_id")
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether a sharded parameter is whole at the moment, as a block around this one, or the engine, made it so."""
+    status: str = parameter.ds_status.name
+    return status == "AVAILABLE"
 
 
 def _gathering_hooks(module: nn.Module, sharded: list[nn.Parameter]) -> list[torch.utils.hooks.RemovableHandle]:
