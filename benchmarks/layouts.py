@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--zeros", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--kernels", default="fast", choices=["fast", "plain"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -42,7 +43,7 @@ def main() -> None:
         place = Path(folder)
         make_inputs(place, arguments.layers)
         for method, zero in itertools.product(arguments.methods, arguments.zeros):
-            run = make_run(place, f"{method}-z{zero}", method, zero, arguments.steps)
+            run = make_run(place, f"{method}-z{zero}", method, zero, arguments.steps, kernels=arguments.kernels)
             launch(place, arguments.workers, run)
             rows.append(figures(run, 1, arguments.workers))
             if (method, zero) == ("lora", 3) and arguments.workers > 1:
@@ -76,14 +77,23 @@ def make_inputs(place: Path, layers: int) -> None:
     (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_run(place: Path, name: str, method: str, zero: int, steps: int, batch_tokens: int = 65536) -> Path:
+def make_run(
+    place: Path, name: str, method: str, zero: int, steps: int, batch_tokens: int = 65536, kernels: str = "auto"
+) -> Path:
     """A run folder of one layout."""
     job = {
         "name": name,
         "base": str(place / "base"),
         "method": {"kind": method},
         "data": {"train": str(place / "text.jsonl"), "seq_len": 2048},
-        "train": {"steps": steps, "batch_tokens": batch_tokens, "micro_batch": 4, "precision": "bf16", "lr": 1e-4},
+        "train": {
+            "steps": steps,
+            "batch_tokens": batch_tokens,
+            "micro_batch": 4,
+            "precision": "bf16",
+            "lr": 1e-4,
+            "kernels": kernels,
+        },
         "sharding": {"zero": zero},
         "checkpoint": {"every": steps // 2 if method == "lora" else 10**6, "keep": 9},
     }
@@ -130,10 +140,13 @@ def figures(run: Path, attempt: int, workers: int) -> dict[str, Any]:
     folder = run / "attempts" / str(attempt)
     claimed = json.loads((folder / "claim.json").read_text())["time"]
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    plan = next(event for event in events if event["event"] == "plan")
     tail = rows[len(rows) // 2 :]
     return {
         "run": run.name,
         "workers": workers,
+        "kernels": plan["kernels"],
+        "kernel_problems": plan["kernel_problems"],
         "planned_gib": planned(run, workers) / 2**30,
         "tokens_per_second_per_worker": statistics.median(row["tokens_per_second"] for row in tail) / workers,
         "mfu": statistics.median(row["mfu"] for row in tail),
