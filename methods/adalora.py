@@ -96,7 +96,7 @@ class AdaLoraTuning(PeftAdapter[AdaLora]):
             self._kept_MR = torch.ones(modules, rank, dtype=torch.bool)
         return adapted
 
-    def speed_up(self, model: Module, undo: ExitStack) -> None:
+    def speed_up(self, model: Module, undo: ExitStack, sharded: bool = False) -> None:  # noqa: ARG002
         """Write updates as two products, as LoRA has them, which then share passes over memory."""
         for module in model.modules():
             if type(module) is SVDLinear:

@@ -205,10 +205,11 @@ class Method(Generic[O]):
     def initialise(self, model: Module, examples: Iterable[Tensor]) -> None:
         """Set a start that depends on data, once per run; every rank gets the same examples, token ids [1, T]."""
 
-    def speed_up(self, model: Module, undo: ExitStack) -> None:
+    def speed_up(self, model: Module, undo: ExitStack, sharded: bool = False) -> None:
         """On the fast path: have the method's modules compute the same in less time, and `undo` what takes it back.
 
-        Weights are whole (ZeRO 0 to 2). What a module then does must be free of what `torch.compile` cannot trace.
+        Where weights are `sharded` (ZeRO 3), those of a decoder layer are whole within its passes alone. What a
+        module then does must be free of what `torch.compile` cannot trace.
         """
 
     def changed_frozen(self, model: Module) -> list[str]:  # noqa: ARG002

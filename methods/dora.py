@@ -28,11 +28,14 @@ class DoraTuning(LowRank[Dora]):
         """Ask PEFT to decompose weights into magnitude and direction."""
         return {"use_dora": True}
 
-    def speed_up(self, model: Any, undo: ExitStack) -> None:
+    def speed_up(self, model: Any, undo: ExitStack, sharded: bool = False) -> None:
         """Find the norms of all modules from the factors, once a pass.
 
-        PEFT makes the sum of base and update, as large as the base, for each module.
+        PEFT makes the sum of base and update, as large as the base, for each module. Where weights are sharded it
+        goes on so: the norms of all modules take all weights at a time.
         """
+        if sharded:
+            return
         adapted = []
         for module in model.modules():
             if isinstance(module, LoraLayer) and type(module.get_base_layer()) is Linear:

@@ -44,7 +44,7 @@ class FourierFtTuning(PeftAdapter[FourierFt]):
         with places_drawn_once():
             return super().attach(model)
 
-    def speed_up(self, model: Module, undo: ExitStack) -> None:
+    def speed_up(self, model: Module, undo: ExitStack, sharded: bool = False) -> None:  # noqa: ARG002
         """Transform half of each spectrum, which says all of a real update; its places stay on the device.
 
         Where the base is in bf16, training has one product with the sum of base and update in the place of two.

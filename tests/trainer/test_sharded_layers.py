@@ -5,6 +5,7 @@ Weights of the tiny base are so small that they would all be resident; here none
 
 import json
 import os
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.multiprocessing
 from campaign import METHODS, TRAIN
 from finished_runs import difference
 from ports import free_port
-from sampling import sampled
+from sampling import SEED, sampled
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,6 +37,7 @@ from trainer.zero.sharded import ShardedModel
 STEPS, PASSES, ROWS, LENGTH = 8, 2, 4, 16
 VARIANTS = {**METHODS, "lisa": {"kind": "full", "lisa_layers": 1, "lisa_every": 2}}
 NAMES = sorted(set(VARIANTS) - {"qlora"})  # a base in 4 bits is whole on every rank
+FEW_FAST = random.Random(SEED).sample(NAMES, 2)
 
 
 def train(rank: int, folder: str, port: int, base: str, cases: list[dict[str, Any]]) -> None:
@@ -144,7 +146,6 @@ def test_sharded_layers_train_as_at_zero_2(names: list[str], tiny_base: Path, tm
         {"zero": 2, "resident": 0},
         {"zero": 3, "resident": 0},
         {"zero": 3, "resident": 500, "checkpointed": True},
-        {"zero": 3, "resident": 0, "fast": True},
     ]
     cases = [{"name": name, **variant} for name in names for variant in variants]
     found = run(tmp_path, tiny_base, cases)
@@ -155,14 +156,20 @@ def test_sharded_layers_train_as_at_zero_2(names: list[str], tiny_base: Path, tm
             assert other["gathers"] > 0
 
 
-@pytest.mark.matrix
 @pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize(
+    ("names", "compiled"), [(FEW_FAST, False), pytest.param(NAMES, True, marks=pytest.mark.matrix)]
+)
 @pytest.mark.timeout(3600)
-def test_sharded_layers_that_are_compiled_train_as_at_zero_2(tiny_base: Path, tmp_path: Path) -> None:
-    variants = [{"zero": 2, "resident": 0}, {"zero": 3, "resident": 0, "fast": True, "compiled": True}]
-    found = run(tmp_path, tiny_base, [{"name": name, **variant} for name in NAMES for variant in variants])
-    for name, expected, compiled in zip(NAMES, found[::2], found[1::2], strict=True):
-        assert difference(compiled["curve"], expected["curve"]) < 1e-5, name
+def test_sharded_layers_train_fast_as_at_zero_2(
+    names: list[str], compiled: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    fast = {"resident": 0, "fast": True, "compiled": compiled}
+    found = run(tmp_path, tiny_base, [{"name": name, "zero": zero, **fast} for name in names for zero in (2, 3)])
+    for name, expected, sharded in zip(names, found[::2], found[1::2], strict=True):
+        bound = 2e-5 if VARIANTS[name]["kind"] == "dora" else 1e-6  # whose norms are found in another way
+        assert difference(sharded["curve"], expected["curve"]) < bound, name
+        assert sharded["gathers"] > 0
 
 
 @pytest.mark.usefixtures("workers")  # it makes forks cheap

@@ -52,8 +52,7 @@ def fast_kernels(
         in_one_row = sees_documents(job, of_base) and fast._attends_within_documents(job, model, undo)
     with patch.object(layers, "compile_region", tracer):
         layers.compile_layers(model)
-    if not sharded:
-        method.speed_up(model, undo)
+    method.speed_up(model, undo, sharded)
     undo.pop_all()
     return Kernels(head, in_one_row, compiled=True, fused_step=True)
 

@@ -4,8 +4,7 @@ A part is left out where the model is not made for it: a head that is adapted, h
 itself; an attention that a method replaced, or in fp32. The parts together are tried on a probe (probe.py).
 Where they fail, or differ from the plain path by more than rounding, documents get rows of their own; where that does
 not help, layers are not compiled either; and in the end the run is plain. At ZeRO 3 no worker has the whole base when
-the probe is tried, before there is an engine: so it is tried on the first layers. Methods have no kernels of their
-own there, which look at whole weights.
+the probe is tried, before there is an engine: so it is tried on the first layers.
 """
 
 from contextlib import ExitStack
@@ -63,8 +62,7 @@ def make_fast(job: Job, model: nn.Module, method: Method[Any], dtype: torch.dtyp
         for wanted in ATTEMPTS:
             with ExitStack() as undo:
                 kernels = _changed(job, model, dtype, wanted, undo)
-                if not sharded:
-                    method.speed_up(model, undo)
+                method.speed_up(model, undo, sharded)
                 problem = problem_of_probe(model, documents, kernels, expected, rounding)
                 if problem is None and shares_prompts(job.objective):
                     with whole_in_part(model):
