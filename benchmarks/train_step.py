@@ -45,7 +45,8 @@ from peers import PEERS, SEQ_LEN, TRAINED
 
 ROWS = 4
 WARMUP, STEPS = 8, 12
-METHODS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}}  # other options than a method's own defaults
+# What is not a method with its own defaults.
+METHODS: dict[str, dict[str, Any]] = {"vera": {"rank": 256}, "relora-alone": {"kind": "relora", "others": False}}
 CHECKED_STEPS = 5
 WORDS = ["red", "blue", "cat", "dog", "one", "two", "three", "is", "in", "the", "box"]
 OURS = ["plain", "fast"]
