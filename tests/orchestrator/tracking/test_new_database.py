@@ -42,10 +42,10 @@ def test_one_that_is_killed_leaves_none_that_is_half_made(tmp_path: Path, later_
     assert [found.name for found in client(uri).search_experiments()] == ["Default"]
 
 
-def test_several_make_one(tmp_path: Path) -> None:
+def test_two_make_one(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    makers = [maker(uri) for _ in range(3)]
-    assert [made.wait(120) for made in makers] == [0, 0, 0]
+    makers = [maker(uri) for _ in range(2)]
+    assert [made.wait(120) for made in makers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     assert [found.name for found in client(uri).search_experiments()] == ["Default"]
 
