@@ -139,7 +139,7 @@ def _left_alone(key: str, value: Any) -> tuple[str, ...]:
 
 def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
     """What may be changed, from what costs least on; the results of training stay the same but for methods."""
-    if job.train.kernels == "plain" and job.sharding.zero != 3:
+    if job.train.kernels == "plain":
         yield "train.kernels", "fast"
     if job.train.micro_batch > 1:
         yield "train.micro_batch", 1
