@@ -199,7 +199,15 @@ class SweepDriver:
             decision, found = self.tick(say)
             if decision.done:
                 return decision, found
+            self._keep_up()
             time.sleep(period_s)
+
+    def _keep_up(self) -> None:
+        """Start the cluster of this machine where it has ended: trials that are queued would wait for ever."""
+        if self.cluster == "local":
+            from clusters.local import Local
+
+            Local.here().start()
 
     def _do(self, move: Move, begun: bool) -> None:
         """Let a trial begin, or go on, up to a step."""

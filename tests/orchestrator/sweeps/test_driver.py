@@ -230,3 +230,20 @@ def test_a_driver_that_died_in_a_resumption_is_gone_on_with(
     for trial, reached in found.items():
         run_dir = home / "runs" / SweepDriver.of(path, None).run_id(trial)
         assert pause_step(run_dir) == (4 if reached.state == "going" else 2)
+
+
+def test_a_cluster_of_this_machine_that_has_ended_is_started_while_trials_wait(
+    home: Path,  # noqa: ARG001 (what is submitted waits)
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_job(tmp_path, data={"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16})
+    path = write_sweep(tmp_path)
+    SweepDriver.of(path, None).tick()
+
+    def start(_: Local) -> None:
+        raise Unreachable("started")
+
+    monkeypatch.setattr(Local, "start", start)
+    with pytest.raises(Unreachable, match="started"):
+        SweepDriver.of(path, None).run(lambda _: None)
