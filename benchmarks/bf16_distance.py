@@ -21,7 +21,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-PASSES = {"fp32": (torch.float32, "sdpa"), "bf16, sdpa": (torch.bfloat16, "sdpa"), "bf16": (torch.bfloat16, "eager")}
+PASSES = {
+    "fp32": (torch.float32, "sdpa"),
+    "bf16 with sdpa": (torch.bfloat16, "sdpa"),
+    "bf16 with eager": (torch.bfloat16, "eager"),
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

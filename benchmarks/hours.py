@@ -14,13 +14,11 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import yaml
-from layouts import commit, device, launch, make_inputs, metrics, write
+from layouts import commit, device, launch, make_inputs, metrics, on_gpus, write, write_run
 
 STEPS = 60
 STEPS_BEFORE = 15
@@ -41,29 +39,17 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many, from the first on")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    free: SimpleQueue[int] = SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.gpus) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_inputs(place, arguments.layers)
-        for row in pool.map(lambda cell: on_free_gpu(place, cell, free), CELLS[: arguments.cells]):
+        for row in on_gpus(arguments.gpus, partial(measured, place), CELLS[: arguments.cells]):
             rows.append(row)
             print(line(row), flush=True)
             write(arguments.out, rows)
     print(f"\n{device()}, commit {commit()}")
     for forecast in ("stated", "like", "later"):
         print(summary(forecast, rows))
-
-
-def on_free_gpu(place: Path, cell: dict[str, Any], free: "SimpleQueue[int]") -> dict[str, Any]:
-    """What a cell took, on a GPU that no other uses meanwhile."""
-    gpu = free.get()
-    try:
-        return measured(place, cell, gpu)
-    finally:
-        free.put(gpu)
 
 
 def measured(place: Path, cell: dict[str, Any], gpu: int) -> dict[str, Any]:
@@ -75,7 +61,7 @@ def measured(place: Path, cell: dict[str, Any], gpu: int) -> dict[str, Any]:
     from runfolder.pace import pace_of
     from runfolder.record import load_job
 
-    name = "-".join([cell["method"], *map(str, cell.get("train", {}).values())])
+    name = "-".join([cell["method"], *map(str, cell.get("train", {}).values())]).lower()
     before = train(place, f"{name}-before", cell, STEPS_BEFORE, 1024, gpu)
     costs = read_costs(before)
     run = train(place, name, cell, STEPS, 2048, gpu)
@@ -106,7 +92,7 @@ def train(place: Path, name: str, cell: dict[str, Any], steps: int, length: int,
     """The folder of a run that has ended, on rows of at most so many tokens."""
     settings = {"steps": steps, "batch_tokens": 32768, "micro_batch": 8192 // length, "precision": "bf16", "lr": 1e-4}
     job = {
-        "name": "timed",
+        "name": name,
         "base": str(place / "base"),
         "method": {"kind": cell["method"]},
         "data": {"train": str(place / "text.jsonl"), "seq_len": length, "too_long": "cut"},
@@ -115,9 +101,7 @@ def train(place: Path, name: str, cell: dict[str, Any], steps: int, length: int,
         "resources": {"gpus_per_node": 1},
         "checkpoint": {"every": 10**6},
     }
-    run = place / name
-    run.mkdir()
-    (run / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))
+    run = write_run(place, job)
     launch(place, 1, run, gpu)
     return run
 

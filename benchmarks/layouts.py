@@ -17,13 +17,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import llama_1b
 import yaml
 
 ROOT = Path(__file__).parent.parent
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 SHAPE = llama_1b.SHAPE | {"rope_theta": 500000.0}
 
 
@@ -97,10 +103,33 @@ def make_run(
         "sharding": {"zero": zero},
         "checkpoint": {"every": steps // 2 if method == "lora" else 10**6, "keep": 9},
     }
-    run_dir = place / name
+    return write_run(place, job)
+
+
+def write_run(place: Path, job: dict[str, Any]) -> Path:
+    """A new run folder of a job, with its name."""
+    run_dir = place / job["name"]
     run_dir.mkdir()
-    (run_dir / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))
+    record = {"run_id": run_dir.name, "submitted": time.time(), "job": job}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(record))
     return run_dir
+
+
+def on_gpus(gpus: int, work: Callable[[Item, int], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """What `work` gives of each item, in order, with the number of a GPU that no other item uses meanwhile."""
+    free: SimpleQueue[int] = SimpleQueue()
+    for gpu in range(gpus):
+        free.put(gpu)
+
+    def on_free_gpu(item: Item) -> Found:
+        gpu = free.get()
+        try:
+            return work(item, gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(gpus) as pool:
+        yield from pool.map(on_free_gpu, items)
 
 
 def launch(place: Path, workers: int, run: Path, gpu: int | None = None) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import layouts
-import yaml
 
 STEPS = 3
 WORDS = ["red", "blue", "cat", "dog", "is", "in", "the"]
@@ -75,13 +74,12 @@ def measured(place: Path, method: str, length: int, workers: int) -> dict[str, A
 def make_run(place: Path, method: str, length: int, workers: int) -> Path:
     """A run folder whose rows all have so many tokens."""
     rng = random.Random(0)
-    name = f"{method}-{length}-{workers}"
     data = place / f"{length}.jsonl"
     if not data.exists():
         texts = [" ".join(rng.choices(WORDS, k=length)) for _ in range(STEPS + 1)]
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     job = {
-        "name": name,
+        "name": f"{method}-{length}-{workers}",
         "base": str(place / "base"),
         "method": {"kind": method},
         "data": {"train": str(data), "seq_len": length, "too_long": "cut"},
@@ -96,10 +94,7 @@ def make_run(place: Path, method: str, length: int, workers: int) -> Path:
         "resources": {"gpus_per_node": workers},
         "checkpoint": {"every": 10**6},
     }
-    run = place / name
-    run.mkdir()
-    (run / "job.yaml").write_text(yaml.safe_dump({"run_id": name, "job": job}))
-    return run
+    return layouts.write_run(place, job)
 
 
 if __name__ == "__main__":

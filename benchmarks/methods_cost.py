@@ -14,15 +14,12 @@ import json
 import os
 import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import yaml
-from layouts import ROOT, commit, device, launch, make_inputs
+from layouts import ROOT, commit, device, launch, make_inputs, on_gpus, write_run
 
 COMMIT = commit()
 BUILD = ROOT / "build" / "methods-cost" / COMMIT
@@ -71,26 +68,12 @@ def train_missing(arguments: argparse.Namespace) -> None:
     if not (BUILD / "base").exists():
         make_inputs(BUILD, arguments.layers)
     MEASURED_ON.write_text(json.dumps({"commit": COMMIT, "device": device()}))
-    free: SimpleQueue[int] = SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
-
-    def on_free_gpu(kind: str) -> None:
-        gpu = free.get()
-        try:
-            train(kind, arguments, gpu)
-        finally:
-            free.put(gpu)
-
-    with ThreadPoolExecutor(arguments.gpus) as pool:
-        list(pool.map(on_free_gpu, missing))
+    list(on_gpus(arguments.gpus, partial(train, arguments), missing))
 
 
-def train(kind: str, arguments: argparse.Namespace, gpu: int) -> None:
+def train(arguments: argparse.Namespace, kind: str, gpu: int) -> None:
     """Run a method to its end, of which only the records stay; what made it fail is printed."""
-    run = BUILD / kind
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir()
+    shutil.rmtree(BUILD / kind, ignore_errors=True)
     job = {
         "name": kind,
         "base": str(BUILD / "base"),
@@ -100,8 +83,7 @@ def train(kind: str, arguments: argparse.Namespace, gpu: int) -> None:
         "checkpoint": {"every": 10**6},
         "tracking": {"experiment": EXPERIMENT},
     }
-    record = {"run_id": kind, "submitted": time.time(), "job": job}
-    (run / "job.yaml").write_text(yaml.safe_dump(record))
+    run = write_run(BUILD, job)
     try:
         launch(BUILD, 1, run, gpu)
     except SystemExit as failure:

@@ -119,11 +119,15 @@ class SweepDriver:
                 say(line)
         return decision, found
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether trials run on the cluster of this machine."""
+        return self.cluster == "local"
+
     @contextmanager
     def _shared_cores(self) -> Iterator[None]:
         """Within it, a run that begins here gets a share of the cores, of which it would take all: others run too."""
-        is_here = self.cluster == "local"
-        if not is_here or _THREADS in os.environ:
+        if not self._is_here or _THREADS in os.environ:
             yield
             return
         resources = Resources.model_validate(self.submitted["resources"])
@@ -204,7 +208,7 @@ class SweepDriver:
 
     def _keep_up(self) -> None:
         """Start the cluster of this machine where it has ended: trials that are queued would wait for ever."""
-        if self.cluster == "local":
+        if self._is_here:
             from clusters.local import Local
 
             Local.here().start()

@@ -51,44 +51,40 @@ def train(rank: int, folder: str, port: int, base: str, cases: list[dict[str, An
     for case in cases:
         engine.RESIDENT = case["resident"]
         engine.gather_by_layer = at_once if case.get("at_once", True) else lambda _: 0
-        found.append(curve_of(rank, base, case))
+        with torch.compiler.set_stance("default" if case.get("compiled") else "force_eager"):
+            found.append(curve_of(rank, base, case))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+def job_of(base: str, case: dict[str, Any]) -> Job:
+    """The job of a case."""
+    method = VARIANTS[case["name"]]
+    settings = {
+        "steps": STEPS,
+        "batch_tokens": 64,
+        "lr": TRAIN[method["kind"]]["lr"],
+        "gradient_checkpointing": case.get("checkpointed", False),
+        "kernels": "fast" if case.get("fast") else "plain",
+    }
+    data = {"train": "/x.jsonl", "seq_len": LENGTH}
+    parts = {"base": base, "method": method, "train": settings, "data": data, "sharding": {"zero": case["zero"]}}
+    return Job.model_validate(parts)
 
 
 def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
     """Losses and gradient norms of a case, and what its last step gathered."""
     from deepspeed.comm import comm
-
-    method_options = VARIANTS[case["name"]]
-    lr = TRAIN[method_options["kind"]]["lr"]
-    settings = {
-        "steps": STEPS,
-        "batch_tokens": 64,
-        "lr": lr,
-        "gradient_checkpointing": case.get("checkpointed", False),
-        "kernels": "fast" if case.get("fast") else "plain",
-    }
-    data = {"train": "/x.jsonl", "seq_len": LENGTH}
-    parts = {
-        "base": base,
-        "method": method_options,
-        "train": settings,
-        "data": data,
-        "sharding": {"zero": case["zero"]},
-    }
-    job = Job.model_validate(parts)
     from transformers import AutoTokenizer
 
+    job = job_of(base, case)
+    lr = job.lr
     method = create(job.method, Setup(STEPS, 0, LENGTH, AutoTokenizer.from_pretrained(base), gather))
     model = load_model(job, method, torch.float32, torch.device("cpu"))
     method.initialise(model, iter(()))
-    head = None
-    if case.get("fast"):
-        with torch.compiler.set_stance("default" if case.get("compiled") else "force_eager"):
-            kernels = make_fast(job, model, method, torch.float32, torch.device("cpu"))
-        assert kernels.compiled and not kernels.problems
-        head = kernels.head
+    kernels = make_fast(job, model, method, torch.float32, torch.device("cpu"))
+    assert kernels.compiled == case.get("fast", False) and not kernels.problems
+    head = kernels.head
     sharded = ShardedModel(model, method, job.sharding.zero, lr, {})
     sent: list[int] = []
     backend, generator = comm.cdb, torch.Generator().manual_seed(0)
@@ -108,8 +104,7 @@ def curve_of(rank: int, base: str, case: dict[str, Any]) -> dict[str, Any]:
             drawn_BT = torch.randint(0, 300, (2 * ROWS, LENGTH), generator=generator)[rank * ROWS :][:ROWS]
             ids_BT = torch.cat([front, drawn_BT], 1)
             places_BT = torch.arange(ids_BT.shape[1]).expand(ROWS, -1)
-            of_head = head.left_out() if head else nullcontext()
-            with of_head, torch.compiler.set_stance("default" if case.get("compiled") else "force_eager"):
+            with head.left_out() if head else nullcontext():
                 logits_BTV = sharded.engine(input_ids=ids_BT, position_ids=places_BT).logits[:, -LENGTH:-1]
             label_N = drawn_BT[:, 1:].flatten()
             if head:

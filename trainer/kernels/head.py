@@ -51,8 +51,7 @@ class LinearHead:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """What the model would give of hidden states, in the dtype of its forward pass."""
         hidden_ND = hidden_ND.to(self._dtype)
-        with gathered([self._module.weight]):
-            weight_VD: Tensor = self._module.weight.to(self._dtype)
+        with self._whole_weight() as weight_VD:
             return hidden_ND @ weight_VD.T
 
     def losses(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
@@ -67,10 +66,16 @@ class LinearHead:
     def _losses(self, hidden_ND: Tensor, label_N: Tensor, summed: bool) -> Tensor:
         hidden_ND = hidden_ND.to(self._dtype)
         apply: Any = _LabelLosses.apply
-        with gathered([self._module.weight]):
-            weight_VD = self._module.weight.to(self._dtype)
+        with self._whole_weight() as weight_VD:
             losses_N: Tensor = apply(hidden_ND, weight_VD, label_N, summed)
         return losses_N
+
+    @contextmanager
+    def _whole_weight(self) -> Iterator[Tensor]:
+        """The weight [V, D] in the dtype of the forward pass, whole."""
+        weight_VD = self._module.weight
+        with gathered([weight_VD]):
+            yield weight_VD.to(self._dtype)
 
 
 def chunk_losses(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor | None) -> Tensor:
