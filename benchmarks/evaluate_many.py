@@ -24,13 +24,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from random_base import random_base
 from transformers import AutoModelForCausalLM
 
+from serving.base import FrozenBase
 from serving.engine import Engine
 from serving.evaluate import Candidate, answer_all, sheets_of
 from serving.folder import adapter_digest
-from serving.loading import loaded
+from serving.loading import loaded, tail_ranks
+from serving.pool import packed_adapter
 from serving.question import AskedTask, Question
 from serving.sizes import sizes_for
-from serving.starting import base_dtype
+from serving.starting import base_dtype, engine_with
 
 RANK = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,9 +102,10 @@ def in_one_pass(base: Path, adapters: dict[str, Path], questions: list[Question]
     """The answers of all adapters, and the seconds from the first question to the last answer on disk."""
     candidates = [Candidate(name, folder, adapter_digest(folder)) for name, folder in adapters.items()]
     model = loaded(base, base_dtype())
-    engine = Engine(model, **sizes_for(model.config, questions, candidates))
-    for name, folder in adapters.items():
-        engine.load(name, folder)
+    sizes = sizes_for(model.config, questions, len(adapters))
+    base_of_all = FrozenBase(model, tail_ranks(model, sizes["residents"]))
+    packed = {name: packed_adapter(folder, base_of_all) for name, folder in adapters.items()}
+    engine = engine_with(base_of_all, packed, sizes)
     warm = [Question(question.prompt[:8], 4) for question in questions[:32]]
     ask(engine, [AskedTask("warm", "w", tuple(warm))], candidates, out / "warm")
     sheets, seconds = ask(engine, [AskedTask("rows", "r", tuple(questions))], candidates, out / "rows")

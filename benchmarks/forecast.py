@@ -146,10 +146,11 @@ def measured(place: Path, cell: Cell, workers: int, rows: int) -> dict[str, Any]
     run = place / cell.name
     run.mkdir()
     (run / "job.yaml").write_text(yaml.safe_dump({"run_id": cell.name, "job": job}))
+    began = time.monotonic()
     try:
         launch(place, workers, run)
     except SystemExit as failed:
-        print(f"{cell.name} failed: {str(failed)[-500:]}", flush=True)
+        print(f"{cell.name} failed after {time.monotonic() - began:.0f} s: {str(failed)[-500:]}", flush=True)
         return None
     events = [json.loads(text) for text in (run / "attempts" / "1" / "events.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"cell": cell.name, "workers": workers}

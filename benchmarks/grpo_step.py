@@ -6,6 +6,7 @@ outside, with the device waited for before and after each. The reward is a funct
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import random
@@ -113,6 +114,7 @@ def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
     from serving.engine import Engine
     from trainer import rollouts
     from trainer.group_writer import GroupWriter
+    from trainer.loop import leave_to_no_collection
     from trainer.meter import SaveRequest
     from trainer.rewards import FunctionReward
     from trainer.step import take_step
@@ -128,6 +130,7 @@ def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
     note_peaks(rollouts)
     measured = []
     with started(run_dir) as (run, micro_batches, meter, _):
+        leave_to_no_collection()
         places: list[int] = []
         for step in range(1, WARMUP + STEPS + 1):
             parts.seconds.clear()
@@ -142,6 +145,7 @@ def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
         moved = bytes_moved(run.model, places)
         memory = memory_figures(run)
         answers = rollouts.recorded_rollout(run.attempt, WARMUP + STEPS)
+        kernels = run.objective.kernels
     assert answers is not None
     lines = (run_dir / "attempts" / "1" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][WARMUP:]
@@ -154,16 +158,16 @@ def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
         "peak_gib": rows[-1]["peak_memory_bytes"] / 2**30,
         "bytes_of_base_moved": moved,
         **memory,
-        "kernels": run.objective.kernels.names,
-        "problems": run.objective.kernels.problems,
+        "kernels": kernels.names,
+        "problems": kernels.problems,
     }
 
 
-PEAKS: list[int] = []  # bytes on a GPU while answers were written, of each step
+PEAKS: list[int] = []  # bytes that a GPU held at most while answers were written beside those before, of each step
 
 
 def note_peaks(rollouts: Any) -> None:
-    """Have `rollouts.written` note the most bytes that a GPU held meanwhile."""
+    """Have `rollouts.written` note the most bytes that a GPU held meanwhile beside what it held before."""
     import torch
 
     plain = rollouts.written
@@ -172,10 +176,11 @@ def note_peaks(rollouts: Any) -> None:
         if not torch.cuda.is_available():
             return plain(*arguments)
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         try:
             return plain(*arguments)
         finally:
-            PEAKS.append(torch.cuda.max_memory_allocated())
+            PEAKS.append(torch.cuda.max_memory_allocated() - before)
 
     rollouts.written = noted
 
@@ -218,7 +223,10 @@ def bytes_moved(model: Any, places: list[int]) -> int:
 
 
 def memory_figures(run: Any) -> dict[str, Any]:
-    """Sizes of base, caches and adapter, what the engine has of the base a second time, and the peak beside it."""
+    """Sizes of base, caches and adapter, what the engine has of the base a second time, and what it takes beside.
+
+    That is what is free again when the engine is gone, without its caches, and the most that writing takes on top.
+    """
     engine = run.objective._answers.writer.engine
     model = run.model
     base = sum(parameter.nbytes for parameter in frozen(model))
@@ -234,9 +242,22 @@ def memory_figures(run: Any) -> dict[str, Any]:
         "bytes_of_second_base": second,
     }
     if PEAKS:
-        figures["peak_bytes_writing"] = max(PEAKS[WARMUP:])
-        figures["of_base_beside_cache"] = round((max(PEAKS[WARMUP:]) - cache) / base, 4)
+        del engine, groups, tensors
+        beside = freed_with_engine(run) - cache + max(PEAKS[WARMUP:])
+        figures["bytes_beside_base_and_cache"] = beside
+        figures["of_base_beside_cache"] = round(1 + beside / base, 4)
     return figures
+
+
+def freed_with_engine(run: Any) -> int:
+    """Let the engine of a run go; gives the bytes that a GPU has then."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    run.objective._answers = None
+    gc.unfreeze()
+    gc.collect()
+    return before - torch.cuda.memory_allocated()
 
 
 def grpo_table(rows: list[dict[str, Any]]) -> str:

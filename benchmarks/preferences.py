@@ -299,6 +299,9 @@ def trl_steps(inputs: Inputs, data: str) -> Figures:
     counts = [pair_tokens(tokenizer, pair) for pair in islice(inputs.pairs[data], 200)]
     pairs = max(4, round(inputs.batch_tokens / statistics.mean(counts)))
     at_once = 4
+    accumulated = max(1, pairs // at_once)
+    a_step = at_once * accumulated
+    needed = (WARMUP + STEPS) * a_step
     args = DPOConfig(
         output_dir=str(inputs.place / "trl"),
         bf16=inputs.gpu,
@@ -307,7 +310,7 @@ def trl_steps(inputs: Inputs, data: str) -> Figures:
         precompute_ref_log_probs=True,
         max_length=SEQ_LEN,
         per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=max(1, pairs // at_once),
+        gradient_accumulation_steps=accumulated,
         max_steps=WARMUP + STEPS,
         train_sampling_strategy="sequential",
         report_to=[],
@@ -318,13 +321,12 @@ def trl_steps(inputs: Inputs, data: str) -> Figures:
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(inputs.base, dtype=dtype),
         args=args,
-        train_dataset=Dataset.from_list(inputs.pairs[data]),
+        train_dataset=Dataset.from_list(inputs.pairs[data][:needed]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock],
     )
     trainer.train()
-    a_step = at_once * args.gradient_accumulation_steps
     rates = []
     for number, seconds in enumerate(clock.seconds):
         of_step = inputs.pairs[data][number * a_step : (number + 1) * a_step]

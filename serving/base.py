@@ -33,6 +33,7 @@ class FrozenBase:
         """Take over a model's weights, with space for `tail` ranks of adapters' factors behind each linear layer."""
         config = model.config
         self.model = model
+        self.tail = tail
         self.config = config
         self.shape = Shape.of(config)
         decoder = model.model

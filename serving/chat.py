@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from serving.error import RequestRefused
@@ -23,8 +22,8 @@ def main(lines: Iterable[str]) -> int:
     """Answer turns until there are no more; gives the exit code."""
     lines = iter(lines)
     request = json.loads(next(lines))
-    folders = [Path(adapter["folder"]) for adapter in request["adapters"]]
-    engine = ready_engine(request, lambda config: sizes_of_chat(config, folders))
+    adapters = len(request["adapters"])
+    engine = ready_engine(request, lambda config: sizes_of_chat(config, adapters))
     if isinstance(engine, list):
         for problem in engine:
             say(problem=problem)

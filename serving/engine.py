@@ -45,15 +45,12 @@ class Engine:
         chunk: int = 8192,
         adapter_bytes: int = 4 * 2**30,
     ) -> None:
-        """Serve a transformers model, or the folder of one. Raises BaseRefused where its family is not here.
+        """Serve a base: a transformers model, or the folder of one. Raises BaseRefused where its family is not here.
 
         `residents` adapters and `adapter_bytes` of their weights are on the device at once, `rows` sequences in a
         batch. A sequence has at most `positions` and all together `tokens`; a pass computes at most `chunk` of them.
         """
-        if isinstance(model, str | Path):
-            model = loaded(model)
-        tail = tail_ranks(model, residents)
-        base = FrozenBase(model, tail)
+        base = self._base(model, residents)
         self.base = base
         shape = base.shape
         self.positions = min(positions, shape.positions)
@@ -66,8 +63,16 @@ class Engine:
         self.scheduler = Scheduler(self.pool, self.cache, rows, chunk, prepare_resident)
         self.runner: Runner | None = None
         if base.on_gpu:
-            self.runner = self._runner(rows, tail)
+            self.runner = self._runner(rows)
         self._ticket: Ticket | None = None
+
+    def _base(self, model: Any, residents: int) -> FrozenBase:
+        """A model as a base, with room behind its weights for so many adapters; a base stays what it is."""
+        if isinstance(model, FrozenBase):
+            return model
+        if isinstance(model, str | Path):
+            model = loaded(model)
+        return FrozenBase(model, tail_ranks(model, residents))
 
     def load(self, name: str, folder: Path | str, pinned: bool = False) -> str:
         """Give an adapter a name; returns its digest. Raises AdapterRefused where it cannot be computed exactly."""
@@ -282,10 +287,10 @@ class Engine:
             token, score_of_token = pair
             self.scheduler.take(sequence, token, score_of_token)
 
-    def _runner(self, rows: int, ranks: int) -> "Runner":
-        """What decodes on a GPU, with so many rows and so many ranks behind the base's weights."""
+    def _runner(self, rows: int) -> "Runner":
+        """What decodes on a GPU, with so many rows."""
         from serving.runner import Runner
         from serving.tail import Tail
 
-        tail = Tail(self.base, self.pool, ranks)
+        tail = Tail(self.base, self.pool, self.base.tail)
         return Runner(self.forward, tail, rows, self.positions)

@@ -141,7 +141,7 @@ def main(request: RequestData) -> int:
     total = len(missing)
     began = time.monotonic()
     if missing and not problems:
-        problems = _load_and_ask(request, sheets, candidates, head)
+        problems = _load_and_ask(request, sheets, head)
     for problem in problems:
         say(problem=problem)
     if problems:
@@ -176,14 +176,13 @@ def adapters_in(plain: Sequence[RequestData]) -> tuple[list[Candidate], list[str
     return candidates, problems
 
 
-def _load_and_ask(
-    request: RequestData, sheets: Sequence[AnswerSheet], candidates: Sequence[Candidate], head: RequestData
-) -> list[str]:
+def _load_and_ask(request: RequestData, sheets: Sequence[AnswerSheet], head: RequestData) -> list[str]:
     """Load the base and the adapters, and ask what is missing; gives what is wrong with them instead."""
     questions = [assignment.question for assignment in missing_of(sheets)]
     total = len(questions)
+    adapters = len(request["adapters"])
     say(done=0, total=total)  # loading may take a while
-    made = ready_engine(request, lambda config: sizes_for(config, questions, candidates))
+    made = ready_engine(request, lambda config: sizes_for(config, questions, adapters))
     if isinstance(made, list):
         return made
     answer_all(made.engine, sheets, made.decode, head, lambda done: say(done=done, total=total))

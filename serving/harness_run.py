@@ -37,7 +37,7 @@ def main(request: RequestData) -> int:
     missing = [candidate for candidate in candidates if not (folder / candidate.file_name).exists()]
     answered = 0
     if missing and not problems:
-        made = ready_engine(request, lambda config: sizes_of_harness(config, found))
+        made = ready_engine(request, lambda config: sizes_of_harness(config, len(found)))
         if isinstance(made, list):
             problems = made
         else:
@@ -75,10 +75,9 @@ def folder_of(request: RequestData) -> Path:
     return of_base / f"lm_eval-{path.stem}-{key}"
 
 
-def sizes_of_harness(config: Any, candidates: Sequence[Candidate]) -> dict[str, int]:
+def sizes_of_harness(config: Any, adapters: int) -> dict[str, int]:
     """The sizes of an engine for questions of a length that is not known."""
-    folders = [candidate.folder for candidate in candidates if candidate.folder is not None]
-    sizes = sizes_of_chat(config, folders)
+    sizes = sizes_of_chat(config, adapters)
     return {**sizes, "rows": ROWS}
 
 

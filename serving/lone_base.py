@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from serving.asking import AnswersProgress, Asking, Assignment
-from serving.engine import Engine
+from serving.base import FrozenBase
 from serving.evaluate import base_key, versions_of
 from serving.kept import AnswersFile
 from serving.loading import loaded
 from serving.question import Question
 from serving.sizes import sizes_for
-from serving.starting import base_dtype
+from serving.starting import base_dtype, engine_with
 
 
 class LoneBase:
@@ -37,8 +37,9 @@ class LoneBase:
         if self._model is None:
             dtype = base_dtype()
             self._model = loaded(self._place, dtype, self._revision)
-        sizes = sizes_for(self._model.config, questions, [])
-        engine = Engine(self._model, **sizes)
+        sizes = sizes_for(self._model.config, questions, adapters=0)
+        base = FrozenBase(self._model)
+        engine = engine_with(base, {}, sizes)
         asking = Asking(engine, self._decode, progress)
         assignments = [Assignment(question, None, file) for question in questions]
         asking.ask(assignments)

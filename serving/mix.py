@@ -67,7 +67,7 @@ def index_of(owner: Owner) -> int:
 
 def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
     """The adapters of runs of rows, in the order of their indices, each with all its rows."""
-    rows: dict[int, list[Tensor]] = {}
+    rows: dict[int, list[int]] = {}
     residents: dict[int, Resident] = {}
     start = 0
     for owner, count in zip(owners, counts, strict=True):
@@ -75,14 +75,13 @@ def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
         if owner is not None:
             index = owner.index
             residents[index] = owner
-            runs = rows.setdefault(index, [])
-            row_T = torch.arange(start, end)
-            runs.append(row_T)
+            own_rows = rows.setdefault(index, [])
+            own_rows += range(start, end)
         start = end
     members: list[BatchAdapter] = []
     for index in sorted(residents):
         resident = residents[index]
-        row_T = torch.cat(rows[index])
+        row_T = torch.tensor(rows[index])
         member = BatchAdapter(resident, row_T)
         members.append(member)
     return members

@@ -96,8 +96,7 @@ class Pool:
 
     def prepare(self, folder: Path | str) -> Packed:
         """An adapter from its folder, on the host; raises AdapterRefused where it cannot be computed exactly."""
-        adapter = read_adapter(folder, self.base)
-        packed = pack(adapter, self.base)
+        packed = packed_adapter(folder, self.base)
         capacity = self.arena.size
         if packed.size > capacity:
             raise AdapterRefused(f"{folder}: found an adapter of {packed.size} numbers; allowed: {capacity}")
@@ -198,6 +197,12 @@ class Pool:
         host_LSC = self.host_KLSC[index]
         table_LSC = self.table_KLSC[index]
         table_LSC.copy_(host_LSC, non_blocking=True)
+
+
+def packed_adapter(folder: Path | str, base: FrozenBase) -> Packed:
+    """An adapter from its folder, as it is copied to the device; raises AdapterRefused."""
+    adapter = read_adapter(folder, base)
+    return pack(adapter, base)
 
 
 def entries_of(table_LSC: Tensor, base: FrozenBase) -> Entries:

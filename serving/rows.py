@@ -33,6 +33,7 @@ class Rows:
         self.number_T = number_T
         self.adapter_T = adapter_T.int()
         self.pages_TP = pages_TP
+        self._pages: dict[Sequence, Tensor] = {}  # [P] on the host, of the sequences that were written last
         self.score_T = torch.zeros(count, device=device)  # of the tokens in `id_T`
         self.choice = Choice.blank(count, device)
 
@@ -43,7 +44,6 @@ class Rows:
         kinds: Numbers = []
         numbers: Numbers = []
         indices: Numbers = []
-        pages: list[Numbers] = []
         for sequence in sequences:
             answer = sequence.answer
             last = answer[-1]
@@ -53,27 +53,34 @@ class Rows:
             kinds.append(kind)
             numbers.append(len(answer))
             indices.append(sequence.adapter_index)
-            pages.append(sequence.pages)
         fill(self.id_T, ids, count)
         fill(self.position_T, positions, count)
         fill(self.kind_T, kinds, count)
         fill(self.number_T, numbers, count)
         fill(self.adapter_T, indices, count)
-        self._write_pages(pages, count)
+        self._write_pages(sequences, count)
         self._write_choice(sequences)
 
-    def _write_pages(self, pages: list[Numbers], count: int) -> None:
+    def _write_pages(self, sequences: Several[Sequence], count: int) -> None:
         """Copy the pages of the first `count` rows to the device."""
-        table: list[Numbers] = []
-        for sequence_pages in pages:
-            row = padded_pages(sequence_pages, self.width)
-            table.append(row)
-        nobody = padded_pages([], self.width)
-        while len(table) < count:
-            table.append(nobody)
-        pages_TP = torch.tensor(table, dtype=torch.int32)
+        known: dict[Sequence, Tensor] = {}
+        for sequence in sequences:
+            page_P = self._pages.get(sequence)
+            if page_P is None:
+                page_P = self._padded(sequence.pages)
+            known[sequence] = page_P
+        self._pages = known
+        rows = list(known.values())
+        missing = count - len(rows)
+        rows += [self._padded([])] * missing
+        pages_TP = torch.stack(rows)
         first_TP = self.pages_TP[:count]
         first_TP.copy_(pages_TP)
+
+    def _padded(self, pages: Numbers) -> Tensor:
+        """The row [P] of these pages, on the host."""
+        row = padded_pages(pages, self.width)
+        return torch.tensor(row, dtype=torch.int32)
 
     def _write_choice(self, sequences: Several[Sequence]) -> None:
         """Copy to the device how these sequences' tokens are chosen."""

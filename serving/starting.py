@@ -1,5 +1,6 @@
 """An engine in a process of its own, made for somebody else: with its base, its tokenizer and its adapters."""
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -9,9 +10,13 @@ from typing import Any
 
 import torch
 
+from serving.base import FrozenBase
 from serving.engine import Engine
 from serving.error import AdapterRefused, BaseRefused
-from serving.loading import loaded
+from serving.loading import loaded, tail_ranks
+from serving.packed import Packed
+from serving.pool import packed_adapter
+from serving.sizes import bytes_for
 
 SMALL_WIDTH = 512  # of a base whose layers are done before a second thread has begun
 RequestData = Mapping[str, Any]
@@ -43,23 +48,38 @@ def ready_engine(request: RequestData, sizes_of: SizesOf) -> ReadyEngine | list[
         torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times the work
     try:
         sizes = sizes_of(model.config)
-        engine = Engine(model, **sizes)
+        base = FrozenBase(model, tail_ranks(model, sizes["residents"]))
     except BaseRefused as error:
         return [f"{place}: {error}"]
-    problems = load_all(engine, request["adapters"])
-    return problems or ReadyEngine(engine, tokenizer)
+    adapters, problems = packed_all(base, request["adapters"])
+    if problems:
+        return problems
+    engine = engine_with(base, adapters, sizes)
+    gc.collect()
+    gc.freeze()  # collections look through what is made from now on, not through libraries while the device waits
+    return ReadyEngine(engine, tokenizer)
 
 
-def load_all(engine: Engine, adapters: Iterable[RequestData]) -> list[str]:
-    """Load adapters under their names; gives what is wrong with those that are refused."""
+def packed_all(base: FrozenBase, adapters: Iterable[RequestData]) -> tuple[dict[str, Packed], list[str]]:
+    """Adapters by their names, and what is wrong with those that are refused."""
+    packed = {}
     problems: list[str] = []
     for adapter in adapters:
         folder = Path(adapter["folder"])
         try:
-            engine.load(adapter["name"], folder)
+            packed[adapter["name"]] = packed_adapter(folder, base)
         except AdapterRefused as error:
             problems.append(str(error))
-    return problems
+    return packed, problems
+
+
+def engine_with(base: FrozenBase, adapters: Mapping[str, Packed], sizes: Mapping[str, int]) -> Engine:
+    """An engine of these sizes with adapters, for which it has as much memory as they take."""
+    adapter_bytes = bytes_for(adapters.values(), sizes["residents"])
+    engine = Engine(base, adapter_bytes=adapter_bytes, **sizes)
+    for name, packed in adapters.items():
+        engine.give(name, packed)
+    return engine
 
 
 def base_dtype() -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor
 from serving.adapter import Adapter, Part, Place
 from serving.base import FrozenBase
 from serving.error import AdapterRefused
-from serving.folder import FILES, as_product, fits
+from serving.folder import FILES, as_product, fits, is_finite
 from serving.lora import changed_config, norm_module
 from serving.target import module_name
 
@@ -66,8 +66,7 @@ class WholeModel:
             found = as_product(tensor.shape)
             allowed = as_product(shape)
             raise AdapterRefused(f"{self.path}: found {name} of shape {found}; allowed on this base: {allowed}")
-        is_finite = tensor.isfinite()
-        if not is_finite.all():
+        if not is_finite(tensor):
             raise AdapterRefused(f"{self.path}: found values in {name} that are not finite")
         self._left.discard(name)
         return tensor

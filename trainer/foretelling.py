@@ -12,6 +12,7 @@ from trainer.data.survey import lengths_sample
 from trainer.dry_run.fit import DRY_RUN_MARGIN, Forecast, changes_that_fit
 from trainer.dry_run.process import BytesByPart, DryRunFailed, DryRunner, DryRunProcess
 from trainer.embeddings import vocabulary
+from trainer.kernels.fast import is_fast
 from trainer.run import Run
 
 
@@ -93,11 +94,9 @@ def config_of_run(run: Run) -> dict[str, Any]:
 
 
 def _numerics(run: Run, job: Job) -> tuple[str, bool]:
-    """The precision of a job here, and whether its kernels would be fast."""
+    """The precision of a job here, and whether its kernels would be fast on a GPU."""
     precision = "fp32"
     if run.dtype == torch.bfloat16:
         precision = "bf16"
-    wanted = job.train.kernels
-    can_be_fast = job.sharding.zero != 3
-    fast = can_be_fast and wanted != "plain"
+    fast = is_fast(job, torch.device("cuda"))
     return precision, fast

@@ -10,19 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from methods.base import Method
+from methods.base import Method, Tensors
 from methods.parts.peft_adapter import base_under
+from serving.base import FrozenBase
 from serving.engine import Engine
+from serving.loading import tail_ranks
+from serving.pool import packed_adapter
 from serving.sequence import Request
 from trainer.generation import cache_bytes
 from trainer.renewed_export import RenewedExport
-from trainer.reward_model import FACTORS
+from trainer.reward_model import bytes_of_judge
 from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
-BESIDE_BYTES = 64 << 20  # of the adapter's memory, beside twice what is trained
+PROMPTS_CHUNK = 2048  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
+BETWEEN_TENSORS = 1 << 20  # bytes of the adapter's memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class WrittenAnswer:
 class GroupWriter:
     """Writes answers with a model in training; a prompt and its answer have less than `positions` tokens.
 
-    The engine has room for a second adapter, which judges, where one is given by its folder.
+    The engine has room for a second adapter of its base, which judges, where one is given by its folder.
     """
 
     def __init__(
@@ -57,15 +62,16 @@ class GroupWriter:
     ) -> None:
         self._model = model
         self._method = method
-        adapter_bytes = BESIDE_BYTES + 2 * trained_bytes(model)
-        residents = 1
-        if judge is not None and (judge / FACTORS).exists():
-            adapter_bytes += 2 * (judge / FACTORS).stat().st_size
-            residents = 2
+        residents = 1 if judge is None else 2
         self._scratch = tempfile.TemporaryDirectory()
         folder = Path(self._scratch.name) / "adapter"
         self._export = RenewedExport(method, model, folder)
-        base = base_under(model)
+        self._on_host: Tensors = {}
+        trained = base_under(model)
+        base = FrozenBase(trained, tail_ranks(trained, residents))
+        adapter_bytes = self._adapter_bytes(base)
+        if judge is not None:
+            adapter_bytes += bytes_of_judge(judge, base)
         of_token, _ = cache_bytes(base.config, base.dtype.itemsize)
         self.engine = Engine(
             base,
@@ -73,20 +79,41 @@ class GroupWriter:
             rows=ANSWERS_AT_ONCE,
             positions=positions,
             tokens=cached_tokens(positions, of_token),
+            chunk=PROMPTS_CHUNK,
             adapter_bytes=adapter_bytes,
         )
 
     def load(self) -> str:
         """Take over the adapter as it is now; gives its digest."""
-        weights = {}
+        weights = self._weights()
+        self._export.write(weights)
+        return self.engine.load(TRAINED, self._export.folder)
+
+    def _adapter_bytes(self, base: FrozenBase) -> int:
+        """What the adapter takes on the device: as it is now, or with all that is trained, if that is more."""
+        weights = self._weights()
+        self._export.write(weights)
+        packed = packed_adapter(self._export.folder, base)
+        now: int = packed.block.nbytes
+        trained = numbers_trained(self._model)
+        at_most: int = trained * base.dtype.itemsize
+        return BETWEEN_TENSORS + max(now, at_most)
+
+    def _weights(self) -> Tensors:
+        """What has changed in the model, on the host: in the same memory each time, all copied at once."""
         changed_frozen = self._method.changed_frozen(self._model)
         changed = set(changed_frozen)
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad or name in changed:
-                value = parameter.detach()
-                weights[name] = value.to("cpu", copy=True)
-        self._export.write(weights)
-        return self.engine.load(TRAINED, self._export.folder)
+            if not parameter.requires_grad and name not in changed:
+                continue
+            value = parameter.detach()
+            if name not in self._on_host:
+                self._on_host[name] = host_memory(value)
+            host = self._on_host[name]
+            host.copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._on_host
 
     def write(
         self,
@@ -111,10 +138,16 @@ class GroupWriter:
         return [WrittenAnswer(sequence.answer, sequence.scores) for sequence in sequences]
 
 
-def trained_bytes(model: nn.Module) -> int:
-    """The bytes of all that is trained."""
+def host_memory(value: torch.Tensor) -> torch.Tensor:
+    """Memory on the host for a tensor, to which a device may copy."""
+    pinned = value.is_cuda
+    return torch.empty_like(value, device="cpu", pin_memory=pinned)
+
+
+def numbers_trained(model: nn.Module) -> int:
+    """How many numbers are trained."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
-            total += parameter.numel() * parameter.element_size()
+            total += parameter.numel()
     return total

@@ -1,5 +1,6 @@
 """The training loop of one worker."""
 
+import gc
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,6 +39,7 @@ def train(run_dir: Path, attempt: int) -> bool:
         saves = CheckpointWriter(run.attempt, run.world, settings.every, settings.keep)
         evaluator = Evaluator.create(run)
         calibrate_evaluation(run, first, evaluator)
+        leave_to_no_collection()
         last = take_steps(run, first, saves, evaluator)
         end_by_loss(run, last)
         export(run)
@@ -95,6 +97,15 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
             break
     saves.wait()
     return step
+
+
+def leave_to_no_collection() -> None:
+    """Have garbage collections pass over all that is there before the steps: libraries, and what they compiled.
+
+    It stays, and to look through it takes a tenth of a second, now and then, while the device waits.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def create_meter(run: Run) -> Meter:

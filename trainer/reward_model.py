@@ -20,7 +20,9 @@ from torch.nn.functional import linear
 from methods.base import Tensors
 from runfolder.digests import folder_digest
 from runfolder.files import read_json, write_json
+from serving.base import FrozenBase
 from serving.engine import Engine
+from serving.pool import packed_adapter
 from serving.sequence import Request
 from trainer.objectives.score_head import SCORE_WEIGHT
 from trainer.reward_journal import RewardJournal
@@ -48,6 +50,15 @@ def shares_base(folder: Path, base: str) -> bool:
         digest = folder_digest(base_folder, scratch=False)
         digests.add(digest)
     return len(digests) == 1
+
+
+def bytes_of_judge(folder: Path, base: FrozenBase) -> int:
+    """The memory that a reward model takes which is an adapter of this base; raises AdapterRefused."""
+    with tempfile.TemporaryDirectory() as scratch:
+        without_head = Path(scratch) / "adapter"
+        split_head(folder, without_head)
+        packed = packed_adapter(without_head, base)
+    return packed.block.nbytes
 
 
 class AdapterJudge:

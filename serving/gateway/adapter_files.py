@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from serving.error import AdapterRefused
+from serving.folder import is_finite
 from serving.gateway.refusal import invalid
 from serving.packed import Packed
 from serving.pool import Pool
@@ -108,5 +109,5 @@ def check_finite(packed: Packed) -> None:
     tensors: list[Tensor | None] = [packed.block, adapter.prefix_L2VHE, adapter.prompt_VD]
     tensors += [adapter.embed_VD, adapter.head_VD]
     for tensor in tensors:
-        if tensor is not None and not bool(tensor.isfinite().all()):
+        if tensor is not None and not is_finite(tensor):
             raise AdapterRefused("adapter: found values that are not finite in the base's type")

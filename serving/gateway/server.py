@@ -1,5 +1,6 @@
 """A gateway as a server: in front of one engine in this process, or of several through Ray Serve."""
 
+import gc
 import signal
 import sys
 import time
@@ -145,4 +146,6 @@ def usual_replicas() -> int:
 def run_server(service: Service, host: str, port: int) -> None:
     """Serve until a signal says to end."""
     sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()  # collections look through what comes from now on
     Server(service, host, port).run()

@@ -6,20 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import Exported, loaded
+from adapters import Exported, loaded, make_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from methods.base import Setup
+from methods.options import KINDS
+from methods.registry import create
 from serving import asking
+from serving.base import FrozenBase
 from serving.changes import change_of
 from serving.engine import Engine
 from serving.evaluate import AnswerSheet, Candidate, answer_all, missing_of, sheets_of
 from serving.folder import adapter_digest
 from serving.kept import AnswersFile, KeptAnswer
+from serving.pool import packed_adapter
 from serving.question import AskedTask, Question, ScoredText
 from serving.sequence import Request
 from serving.sizes import sizes_for
-from serving.starting import ReadyEngine, ready_engine
+from serving.starting import ReadyEngine, engine_with, ready_engine
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 STOP = 7
@@ -176,13 +181,26 @@ def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path)
 
 
 def test_an_engine_is_as_large_as_its_questions_need(base: Path, exported: dict[str, Exported]) -> None:
-    config = loaded(base).config
-    sizes = sizes_for(config, WRITTEN, candidates(exported, *NAMES))
+    frozen = FrozenBase(loaded(base))
+    sizes = sizes_for(frozen.config, WRITTEN, len(NAMES))
     assert sizes["rows"] == 7 and sizes["residents"] == 3
-    engine = Engine(loaded(base), **sizes)
-    for name in NAMES:
-        engine.load(name, exported[name].folder)
+    adapters = {name: packed_adapter(exported[name].folder, frozen) for name in NAMES}
+    engine = engine_with(frozen, adapters, sizes)
     assert len(engine.generate([Request(q.prompt, name, 5) for q in WRITTEN for name in NAMES])) == 21
+
+
+def test_an_engine_has_room_for_adapters_that_are_larger_than_their_files(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", hidden_size=128)
+    method = create(KINDS["fourierft"](kind="fourierft", frequencies=8000, target=["q_proj", "up_proj"]), Setup(0))
+    model = method.attach(loaded(base))
+    weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    method.export(model, weights, tmp_path / "adapter")
+    frozen = FrozenBase(loaded(base))
+    adapters = {"waves": packed_adapter(tmp_path / "adapter", frozen)}
+    engine = engine_with(frozen, adapters, sizes_for(frozen.config, WRITTEN, 1))
+    files = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    assert engine.pool.arena.size > 4 * files
+    assert len(engine.generate([Request(WRITTEN[0].prompt, "waves", 5)])[0]) == 5
 
 
 def test_a_question_is_its_own_key() -> None:
@@ -216,11 +234,11 @@ def test_a_small_base_takes_one_thread_and_what_is_wrong_is_said(
     adapters = [{"name": name, "folder": str(exported[name].folder)} for name in NAMES]
     request = {"base": str(tmp_path / "base"), "revision": None, "adapters": adapters}
     torch.set_num_threads(2)
-    ready = ready_engine(request, lambda config: sizes_for(config, WRITTEN, []))
+    ready = ready_engine(request, lambda config: sizes_for(config, WRITTEN, 3))
     assert isinstance(ready, ReadyEngine)
     assert ready.engine.pool.names == sorted(NAMES)
     assert torch.get_num_threads() == 1
     adapters[0]["folder"] = str(tmp_path)
-    assert ready_engine(request, lambda config: sizes_for(config, WRITTEN, [])) == [
+    assert ready_engine(request, lambda config: sizes_for(config, WRITTEN, 3)) == [
         f"{tmp_path}: found no adapter_config.json or bottleneck_config.json"
     ]

@@ -118,9 +118,15 @@ def _is_in_vain(key: str, value: Any, job: Job, now: Forecast, device: int) -> b
     """Whether a change of a job surely leaves it too large for a device, or undoes an earlier one."""
     if key == "sharding.zero" and value < job.sharding.zero:
         return True
+    rows = job.train.micro_batch
+    if key == "train.micro_batch" and value >= rows:
+        return True
     parts = {}
-    for part in _left_alone(key, value):
-        parts[part] = now.parts.get(part, 0)
+    for part, size in now.parts.items():
+        if part in _left_alone(key, value):
+            parts[part] = size
+        elif key == "train.micro_batch":
+            parts[part] = size * value // rows
     left = replace(now, parts=parts)
     return left.needed(job.resources.world_size) > device
 
@@ -141,8 +147,10 @@ def _candidates(job: Job) -> Iterator[tuple[str, Any]]:
     """What may be changed, from what costs least on; the results of training stay the same but for methods."""
     if job.train.kernels == "plain":
         yield "train.kernels", "fast"
-    if job.train.micro_batch > 1:
-        yield "train.micro_batch", 1
+    rows = job.train.micro_batch
+    while rows > 1:
+        rows //= 2
+        yield "train.micro_batch", rows
     if not job.train.gradient_checkpointing:
         yield "train.gradient_checkpointing", True
     if job.resources.world_size > 1:

@@ -42,7 +42,7 @@ from trainer.objectives.group_tokens import (
 )
 from trainer.objectives.labels import label_arrays
 from trainer.objectives.likelihood import label_losses
-from trainer.reward_model import judge_of
+from trainer.reward_model import judge_of, shares_base
 from trainer.rewards import rewards_of
 
 
@@ -124,11 +124,14 @@ class GroupPolicy(Objective):
     ) -> None:
         """Add what the policy before several updates gives each token, and that before the first step, if asked."""
         options = self._options
+        is_held = isinstance(options, GrpoOptions) and options.beta > 0
+        if options.updates == 1 and not is_held:
+            return
         batches = list(passes)
         policy = partial(self._policy, model)
         if options.updates > 1:
             rollout["policy"] = policy_of_all(rollout, batches, policy)
-        if isinstance(options, GrpoOptions) and options.beta > 0:
+        if is_held:
             with self.method.reference(model):
                 rollout["reference"] = policy_of_all(rollout, batches, policy)
 
@@ -231,7 +234,10 @@ class GroupPolicy(Objective):
         folder = None
         if self._options.reward_model is not None:
             folder = Path(self._options.reward_model)
-        writer = GroupWriter(model, self.method, job.data.seq_len, folder)
+        shared = None
+        if folder is not None and shares_base(folder, job.base.model):
+            shared = folder
+        writer = GroupWriter(model, self.method, job.data.seq_len, shared)
         if folder is not None:
             judge = judge_of(folder, job.base.model, writer.engine)
         rewards = rewards_of(self._options, judge)
