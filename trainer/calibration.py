@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Thread
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from trainer.data.longest import LongestPass, longest_pass
 from trainer.data.tokens import Tokens
 from trainer.evaluate import Evaluator
-from trainer.foretelling import fitting_changes, foretell
+from trainer.foretelling import Foretelling, fitting_changes, foretell
 from trainer.generation_memory import CacheToCome
 from trainer.progress import announce
 from trainer.run import Run
@@ -35,19 +34,22 @@ class DoesNotFit(torch.OutOfMemoryError):
     """The longest passes of a run need more memory than its device has."""
 
 
-def calibrate_training(run: Run, first: int) -> Thread | None:
+def calibrate_training(run: Run, first: int) -> Foretelling | None:
     """Try the longest micro-batch of the steps after `first`, with gradients and moments beside it; a collective.
 
-    Gives the thread that has it foretold, if one does. Raises DoesNotFit. What a model has yet to write has no
-    length: such objectives are not tried.
+    Gives what has it foretold beside the run, if anything does. Raises DoesNotFit. What a model has yet to write
+    has no length: such objectives are not tried.
     """
     if not is_calibrated(run, first) or run.objective.generates:
         return None
     deal = partial(dealt_to_rank, run)
     longest = longest_pass(run.batches, first, deal)
     foretelling = foretell(run, longest)
-    with _trying(run, "training", f"a micro-batch of {longest}"), _any_reference(run, run.tokens):
+    size = f"a micro-batch of {longest}"
+    with _trying(run, "training", size, foretelling=foretelling), _any_reference(run, run.tokens):
         _try_training(run, longest)
+    if foretelling:
+        foretelling.end()
     return foretelling
 
 
@@ -147,7 +149,9 @@ def moments_to_come(run: Run) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _trying(run: Run, what: str, size: str, advice: str | None = None) -> Iterator[None]:
+def _trying(
+    run: Run, what: str, size: str, advice: str | None = None, foretelling: Foretelling | None = None
+) -> Iterator[None]:
     """Within it, passes of a size in words are tried; keeps what they took. Raises DoesNotFit, with advice."""
     world = run.world
     device = world.device
@@ -163,7 +167,7 @@ def _trying(run: Run, what: str, size: str, advice: str | None = None) -> Iterat
             yield
     except torch.OutOfMemoryError as error:
         memory = device_bytes(world)
-        instead = advice or fitting_changes(run, memory)
+        instead = advice or fitting_changes(run, memory, foretelling)
         there = str(device)
         if memory:
             gib = memory / 2**30

@@ -27,6 +27,7 @@ from trainer.data.longest import longest_pass, padded_positions
 from trainer.data.shards import join_examples
 from trainer.data.tokens import Tokens
 from trainer.dry_run.fit import with_setting
+from trainer.dry_run.process import DryRunProcess
 from trainer.generation import cache_bytes
 
 LAYOUTS = [(1, 0, "sft"), (2, 1, "sft"), (2, 2, "pairs"), (2, 3, "sft"), (1, 3, "pairs"), (2, 0, "dpo")]
@@ -113,7 +114,7 @@ def test_it_is_judged_as_out_of_memory() -> None:
 @pytest.mark.soak
 def test_the_change_that_fits_is_foretold_on_the_worker(new_run: Any) -> None:
     run = worker_of(new_run)
-    assert foretelling.fitting_changes(run, 2**40).startswith("it would with train.micro_batch=")
+    assert foretelling.fitting_changes(run, 2**40, None).startswith("it would with train.micro_batch=")
 
 
 def test_a_forecast_that_was_too_low_is_corrected_by_what_did_not_fit(
@@ -131,10 +132,34 @@ def test_a_forecast_that_was_too_low_is_corrected_by_what_did_not_fit(
     monkeypatch.setattr(foretelling, "DryRunner", runner)
     run = worker_of(new_run)
     # 40 GiB were foretold and 80 do not suffice: for half of the rows 40 do, with a margin and what CUDA takes.
-    assert foretelling.fitting_changes(run, 80 * 2**30) == "it would with train.micro_batch=4 (about 42.6 GiB)"
-    assert foretelling.fitting_changes(run, 20 * 2**30).startswith("it would with train.micro_batch=2 (about ")
+    assert foretelling.fitting_changes(run, 80 * 2**30, None) == "it would with train.micro_batch=4 (about 42.6 GiB)"
+    assert foretelling.fitting_changes(run, 20 * 2**30, None).startswith("it would with train.micro_batch=2 (about ")
     run.job = with_setting(run.job, "train.micro_batch", 1)
-    assert foretelling.fitting_changes(run, 2**30).startswith("not even with train.gradient_checkpointing=true")
+    assert foretelling.fitting_changes(run, 2**30, None).startswith("not even with train.gradient_checkpointing=true")
+
+
+def test_a_job_that_does_not_fit_is_foretold_once(new_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def runner(_process: Any, _config: Any, _sample: Any) -> Any:
+        def parts(job: Job, _precision: str, _fast: bool, tried: bool = False) -> dict[str, int]:
+            asked.append((job.train.micro_batch, tried))
+            return {"activations": 5 * job.train.micro_batch * 2**30}
+
+        return SimpleNamespace(parts=parts)
+
+    monkeypatch.setattr(foretelling, "DryRunner", runner)
+    monkeypatch.setattr(DryRunProcess, "start", lambda _: None)
+    run = worker_of(new_run)
+    kept: list[str] = []
+    run.attempt = SimpleNamespace(event=lambda name, **_: kept.append(name))
+    batch = Batches(Examples.of_each(run.tokens), Layout(64, False, 8), seed=1, batch_tokens=400, epochs=1)
+    longest = longest_pass(batch, 0, lambda each: Layout(64, False, 8).deal(each, 0, 1))
+    beside = foretelling.Foretelling(run, longest)
+    assert foretelling.fitting_changes(run, 30 * 2**30, beside).startswith("it would with train.micro_batch=4 (")
+    assert (kept, asked) == (["foretold"], [(8, True), (4, False)])
+    beside.end()
+    beside.join(60)
 
 
 def worker_of(new_run: Any) -> Any:
