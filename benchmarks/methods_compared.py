@@ -4,7 +4,7 @@
     python benchmarks/methods_compared.py --out /tmp/slice --tasks record --methods lora ia3 --seeds 2 --steps 20
 
 All have equal tokens. Rates are chosen with seed 0 by the loss on the first half of the held-out rows (a range whose
-best is at its end is widened), and judged with other seeds on the second half, which chose nothing. Forgetting is the
+best is at its end is widened), and judged with other seeds by exact match on the second half, which chose nothing. Forgetting is the
 rise of the loss on rows like those that the base was made from. Both parts are sweeps on the local cluster, in a
 folder of this commit below build/: end it at any time, and the same command goes on. Writes OUT/TASK.html,
 OUT/TASK.json, and OUT/README.md with what each task says.
@@ -114,7 +114,7 @@ def tuned(task: str, job: Path, methods: list[str], steps: int) -> Rates:
         plain["method"], plain["train"]["lr"] = {"kind": kind}, None
         default = Job.model_validate(plain).at_width(width).lr
         tried.append(swept(kind, [six_digits(default * factor) for factor in FACTORS]))
-    driver = sweep_driver(job, f"{task}-rates", tried, [0], steps, BY_LOSS)
+    driver = sweep_driver(job, f"{task}-rates", tried, [0], steps, "eval_loss", BY_LOSS)
     _, found = driver.run(tell)
     best: dict[str, tuple[float, float]] = {}
     for trial, reached in found.items():
@@ -132,13 +132,13 @@ def swept(kind: str, rates: list[float]) -> dict[str, Any]:
 
 
 def sweep_driver(
-    job: Path, name: str, methods: SweptMethods, seeds: list[int], steps: int, axes: dict[str, Any]
+    job: Path, name: str, methods: SweptMethods, seeds: list[int], steps: int, measure: str, axes: dict[str, Any]
 ) -> SweepDriver:
-    """The driver of a grid, which is written down beside its job."""
+    """The driver of a grid that is judged by a measure, and is written down beside its job."""
     most = 2 * len(FACTORS) * len(methods) * len(seeds) * steps  # of ranges that are widened, too
     sweep = {"name": name, "job": job.name, "methods": methods, "axes": axes, "seeds": seeds, "budget": most}
     path = job.with_name(f"{name}.yaml")
-    path.write_text(yaml.safe_dump({**sweep, "rule": "grid", "parallel": os.cpu_count()}))
+    path.write_text(yaml.safe_dump({**sweep, "measure": measure, "rule": "grid", "parallel": os.cpu_count()}))
     return SweepDriver.of(path, "local")
 
 
@@ -149,7 +149,7 @@ def tell(line: str) -> None:
 
 def run_sweep(job: Path, name: str, methods: SweptMethods, seeds: list[int], steps: int) -> SweepResult:
     """Run a grid to its end, and compare what came of it."""
-    driver = sweep_driver(job, name, methods, seeds, steps, {})
+    driver = sweep_driver(job, name, methods, seeds, steps, "eval_exact_match", {})
     _, found = driver.run(tell)
     return conclude(driver, found, lambda _cluster, _runs: None)
 

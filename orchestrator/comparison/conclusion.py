@@ -6,14 +6,14 @@ from orchestrator.comparison.power import rows_needed, seeds_needed, smallest_di
 from orchestrator.comparison.ranking import Judgement, Ranked, Ranking
 
 _NO_OTHERS = "{reference} has nothing to be compared with."
-_BEATS = "{label} beats {reference} by {low} to {high}"
+_BEATS = "{label} beats {reference} in {measure} by {low} to {high}"
 _TIES = ", and so do {labels}, which cannot be told apart from it"
 _CLEARLY_CHEAPER = 0.9  # times the cost of the reference: times of equal runs differ too
 _MOST_NAMED = 3  # contenders in one sentence
-_AS_GOOD = "{label} is as good as {reference} within {margin}"
+_AS_GOOD = "{label} is as good as {reference} in {measure} within {margin}"
 _CHEAPER = ", and takes {share:.0%} of its time"
-_NOTHING_BEATS = "nothing beats {reference}: {label} is {less} to {more} worse"
-_UNCLEAR = "cannot tell {label} apart from {reference}"
+_NOTHING_BEATS = "nothing beats {reference} in {measure}: {label} is {less} to {more} worse"
+_UNCLEAR = "cannot tell {label} apart from {reference} in {measure}"
 _DIFFERS = "{text}: it differs by {low} to {high}"
 _ONE_SEED = "{text}: each has one seed, and no results by row; run 3 seeds or more."
 _INVISIBLE = "{text}: differences under {smallest} are invisible with {rows} rows and {seeds} seeds; to see {margin}"
@@ -57,6 +57,7 @@ def _beats(ranking: Ranking, better: list[Ranked]) -> str:
     text = _BEATS.format(
         label=best.contender.label,
         reference=ranking.reference.label,
+        measure=ranking.measure.title,
         low=shown_difference(ranking, low),
         high=shown_difference(ranking, high),
     )
@@ -95,6 +96,7 @@ def _is_as_good(ranking: Ranking, as_good: list[Ranked]) -> str:
     text = _AS_GOOD.format(
         label=cheapest.contender.label,
         reference=ranking.reference.label,
+        measure=ranking.measure.title,
         margin=shown_difference(ranking, ranking.margin),
     )
     usual = ranking.reference.cost
@@ -146,6 +148,7 @@ def _nothing_beats(ranking: Ranking, worse: list[Ranked]) -> str:
     text = _NOTHING_BEATS.format(
         label=closest.contender.label,
         reference=ranking.reference.label,
+        measure=ranking.measure.title,
         less=shown_difference(ranking, -high),
         more=shown_difference(ranking, -low),
     )
@@ -155,7 +158,11 @@ def _nothing_beats(ranking: Ranking, worse: list[Ranked]) -> str:
 def _undecided(ranking: Ranking, closest: Ranked) -> str:
     """That one cannot be told from the reference, which difference would be seen, and what would show a small one."""
     difference = closest.difference
-    text = _UNCLEAR.format(label=closest.contender.label, reference=ranking.reference.label)
+    text = _UNCLEAR.format(
+        label=closest.contender.label,
+        reference=ranking.reference.label,
+        measure=ranking.measure.title,
+    )
     spread = difference.spread
     if not math.isfinite(difference.error):
         return _ONE_SEED.format(text=text)

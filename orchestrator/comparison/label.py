@@ -11,7 +11,14 @@ _METHOD_KIND = "method.kind"
 
 
 def labels_of(groups: list[RunGroup], columns: list[str]) -> list[str]:
-    """A name for each group: the job's; where several share it, with what differs, else with the run id."""
+    """A name for each group: the job's; where several share it, with what differs, else with the run id.
+
+    Where all runs are of one job and have several methods, as in a sweep, a method's name stands in its place.
+    """
+    jobs = {run.name for group in groups for run in group}
+    by_method = len(jobs) == 1 and _METHOD_KIND in columns
+    if by_method:
+        columns = [column for column in columns if column != _METHOD_KIND]
     short_columns = []
     for column in columns:
         is_option = column.startswith(_METHOD) and column != _METHOD_KIND
@@ -21,10 +28,12 @@ def labels_of(groups: list[RunGroup], columns: list[str]) -> list[str]:
     for wanted in ([], short_columns, columns):
         names = []
         for group in groups:
-            jobs = _job_names(group)
             first = group[0]
-            name = _with_differences(jobs, first, wanted)
-            names.append(name)
+            name = _job_names(group)
+            if by_method:
+                name = first.params.get(_METHOD_KIND, name)
+            labelled = _with_differences(name, first, wanted)
+            names.append(labelled)
         for place in _clear_places(names):
             name = names[place]
             labels.setdefault(place, name)

@@ -70,7 +70,9 @@ def test_a_better_method_is_found_and_ties_share_a_rank() -> None:
     assert ranks == {"full": 1, "lora": 2, "dora": 2, "vera": 4}
     scope = r"\(95 %, 3 comparisons at once; 400 rows and 4 seeds\)"
     assert found.verdict
-    assert re.fullmatch(rf"full beats lora by \d+\.\d points to \d+\.\d points {scope}\.", found.verdict)
+    assert re.fullmatch(
+        rf"full beats lora in exact match by \d+\.\d points to \d+\.\d points {scope}\.", found.verdict
+    )
     assert found.rows[0].label == "full"
     shown = text(found, 160)
     assert "1. full" in shown and "2. lora" in shown and "reference" in shown and found.verdict[:20] in shown
@@ -80,14 +82,16 @@ def test_a_better_method_is_found_and_ties_share_a_rank() -> None:
 
 def test_equal_ones_cannot_be_told_apart_and_what_would_tell_them_is_said() -> None:
     found = compared({"lora": 0.0, "dora": 0.0})
-    assert found.verdict and found.verdict.startswith("cannot tell dora apart from lora: differences under ")
+    assert found.verdict and found.verdict.startswith(
+        "cannot tell dora apart from lora in exact match: differences under "
+    )
     assert re.search(r"are invisible with 400 rows and 4 seeds; to see 1\.0 points: \d+ (seeds|rows)", found.verdict)
 
 
 def test_where_all_are_worse_nothing_beats_the_reference() -> None:
     found = compared({"lora": 0.0, "vera": -1.5, "ia3": -0.9})
     assert found.verdict and re.match(
-        r"nothing beats lora: ia3 is \d+\.\d points to \d+\.\d points worse", found.verdict
+        r"nothing beats lora in exact match: ia3 is \d+\.\d points to \d+\.\d points worse", found.verdict
     )
 
 
@@ -167,9 +171,9 @@ def test_the_measure_can_be_chosen_and_names_are_short() -> None:
         run = tracked("same", 0.5, method__kind=kind, method__rank=rank_, method__target="all, of, them")
         runs.append(replace(run, metrics={**run.metrics, "eval_loss": loss, "eval_exact_match": loss / 10}))
     by_match = arrange(runs, "e", "uri")
-    assert [row.label for row in by_match.rows] == ["same (ia3)", "same (lora)"]
+    assert [row.label for row in by_match.rows] == ["ia3", "lora"]
     by_loss = arrange(runs, "e", "uri", RankingWish(measure="eval_loss"))
-    assert [row.label for row in by_loss.rows] == ["same (lora)", "same (ia3)"]
+    assert [row.label for row in by_loss.rows] == ["lora", "ia3"]
     assert by_loss.quality.key == "eval_loss"
 
 
@@ -221,7 +225,7 @@ def test_results_by_row_are_read_from_run_folders() -> None:
 def test_the_page_has_the_verdict_and_a_forest_plot() -> None:
     found = compared({"lora": 0.0, "dora-<x>": 0.05, "vera": -0.8, "full": 0.6})
     page = report.page(found)
-    assert '<p class="verdict">Full beats lora by ' in page
+    assert '<p class="verdict">Full beats lora in exact match by ' in page
     assert page.count('class="estimate') == 3 and 'class="estimate better"' in page
     assert "dora-<x>" not in page and "dora-&lt;x&gt;" in page
     assert page.index("<h2>Results") < page.index("<h2>Differences to the reference") < page.index("<h2>Curves")

@@ -225,7 +225,7 @@ def test_several_that_beat_the_reference_are_not_one_best() -> None:
     found = arrange(runs, "e", "uri")
     assert found.verdict
     named = re.fullmatch(
-        r"(\w+) beats lora by .*, and so do (\w+), which cannot be told apart from it .*", found.verdict
+        r"(\w+) beats lora in .* by .*, and so do (\w+), which cannot be told apart from it .*", found.verdict
     )
     assert named and set(named.groups()) == {"dora", "vera"}
     text = report.page(found)
