@@ -4,10 +4,10 @@
     python benchmarks/methods_compared.py --out /tmp/slice --tasks record --methods lora ia3 --seeds 2 --steps 20
 
 All have equal tokens. Rates are chosen with seed 0 by the loss on the first half of the held-out rows (a range whose
-best is at its end is widened), and judged with other seeds by exact match on the second half, which chose nothing. Forgetting is the
-rise of the loss on rows like those that the base was made from. Both parts are sweeps on the local cluster, in a
-folder of this commit below build/: end it at any time, and the same command goes on. Writes OUT/TASK.html,
-OUT/TASK.json, and OUT/README.md with what each task says.
+best is at its end is widened), and judged with other seeds by exact match on the second half, which chose nothing.
+Forgetting is the rise of the loss on rows like those that the base was made from. Both parts are sweeps on the local
+cluster, in a folder of this commit below build/: end it at any time, and the same command goes on. Writes
+OUT/TASK.html, OUT/TASK.json, and OUT/README.md with what each task says.
 """
 
 import argparse
