@@ -21,25 +21,42 @@ FILES = {  # config -> weights
     "adapter_config.json": "adapter_model.safetensors",
     "bottleneck_config.json": "bottleneck.safetensors",
 }
+TensorsInFile = dict[str, Tensor]
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 class Folder:
-    """The files of one adapter; what is taken from it must be all there is."""
+    """The config and the weights of one adapter; what is taken from it must be all there is."""
 
-    def __init__(self, path: Path, limit: int) -> None:
-        """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or over `limit` bytes."""
+    def __init__(self, path: Path, tensors: TensorsInFile, digest: str) -> None:
+        """The adapter that a folder's config describes, with these weights; raises AdapterRefused."""
         self.path = path
         self.config_path, self.weights_path = _find_files(path)
-        size = self.weights_path.stat().st_size
-        if size > limit:
-            raise AdapterRefused(f"{self.weights_path}: found {size} bytes; allowed: at most {limit}")
-        weights = self.weights_path.read_bytes()
-        config = self.config_path.read_bytes()
-        self.digest = _digest_of_parts(path, weights, config)
-        self.config = _parse_config(self.config_path, config)
-        self._tensors = _parse_tensors(self.weights_path, weights)
+        self.digest = digest
+        self.config = _parse_config(self.config_path)
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise AdapterRefused(f"{self.weights_path}: found values in {name} that are not finite")
+        self._tensors = tensors
         self._taken: set[str] = set()
+
+    @classmethod
+    def read(cls, path: Path, limit: int) -> "Folder":
+        """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or over `limit` bytes."""
+        _, weights_path = _find_files(path)
+        size = weights_path.stat().st_size
+        if size > limit:
+            raise AdapterRefused(f"{weights_path}: found {size} bytes; allowed: at most {limit}")
+        weights = weights_path.read_bytes()
+        digest = _digest_of_parts(path, weights)
+        tensors = _parse_tensors(weights_path, weights)
+        return cls(path, tensors, digest)
+
+    @classmethod
+    def renewed(cls, path: Path, tensors: TensorsInFile) -> "Folder":
+        """The adapter of a folder, with tensors in memory in the place of those in its file."""
+        digest = _digest_of_tensors(path, tensors)
+        return cls(path, tensors, digest)
 
     @property
     def names(self) -> list[str]:
@@ -117,20 +134,36 @@ HARMLESS = frozenset(
 
 def adapter_digest(path: Path) -> str:
     """The digest that the adapter in a folder is known by; raises AdapterRefused where there is none."""
-    config_path, weights_path = _find_files(path)
+    _, weights_path = _find_files(path)
     weights = weights_path.read_bytes()
-    config = config_path.read_bytes()
-    return _digest_of_parts(path, weights, config)
+    return _digest_of_parts(path, weights)
 
 
-def _digest_of_parts(path: Path, weights: bytes, config: bytes) -> str:
+def _digest_of_parts(path: Path, weights: bytes) -> str:
     """The sha256 of an adapter's weights and config, and of the config that it wants its base to have."""
     digest = hashlib.sha256(weights)
-    digest.update(config)
+    return _with_configs(path, digest)
+
+
+def _digest_of_tensors(path: Path, tensors: TensorsInFile) -> str:
+    """The same of tensors in memory: of their names and their values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        values = tensor.flatten()
+        raw = values.view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return _with_configs(path, digest)
+
+
+def _with_configs(path: Path, digest: Any) -> str:
+    """A digest of weights, with the configs in their folder."""
+    config_path, _ = _find_files(path)
+    digest.update(config_path.read_bytes())
     base_config = path / "config.json"
     if base_config.exists():
         digest.update(base_config.read_bytes())
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def fits(actual: torch.Size, allowed: tuple[int | None, ...]) -> bool:
@@ -179,10 +212,10 @@ def _instead_of_weights(path: Path) -> str:
     return "no weights"
 
 
-def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
-    """The config in a file's text; raises AdapterRefused where it is not a JSON object."""
+def _parse_config(path: Path) -> dict[str, Any]:
+    """The config in a file; raises AdapterRefused where it is not a JSON object."""
     try:
-        config = json.loads(text)
+        config = json.loads(path.read_bytes())
     except ValueError as error:
         raise AdapterRefused(f"{path}: found no JSON: {error}") from error
     if not isinstance(config, dict):
@@ -191,15 +224,12 @@ def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
     return config
 
 
-def _parse_tensors(path: Path, weights: bytes) -> dict[str, Tensor]:
-    """The tensors in a file's bytes; raises AdapterRefused where it is broken or a number is not finite."""
+def _parse_tensors(path: Path, weights: bytes) -> TensorsInFile:
+    """The tensors in a file's bytes; raises AdapterRefused where it is broken."""
     try:
-        tensors: dict[str, Tensor] = load(weights)
+        tensors: TensorsInFile = load(weights)
     except SafetensorError as error:
         raise AdapterRefused(f"{path}: found a broken or truncated file: {error}") from error
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise AdapterRefused(f"{path}: found values in {name} that are not finite")
     return tensors
 
 

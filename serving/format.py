@@ -31,7 +31,12 @@ def read_adapter(path: Path | str, base: FrozenBase, limit: int = LIMIT) -> Adap
     """
     if is_whole_model(Path(path)):
         return read_whole(Path(path), base, limit)
-    folder = Folder(Path(path), limit)
+    folder = Folder.read(Path(path), limit)
+    return adapter_in(folder, base)
+
+
+def adapter_in(folder: Folder, base: FrozenBase) -> Adapter:
+    """The adapter that a folder's config describes; raises AdapterRefused."""
     config = folder.config
     named = config.get("peft_type") or config.get("kind")
     name = str(named)

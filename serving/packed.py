@@ -212,8 +212,8 @@ def without_parts(adapter: Adapter, base: FrozenBase) -> Adapter:
 
 
 def on_host(tensor: Tensor, base: FrozenBase) -> Tensor:
-    """A tensor in the base's type, pinned where the base is on a GPU."""
-    tensor = tensor.to(base.dtype)
+    """A copy of a tensor in the base's type, pinned where the base is on a GPU."""
+    tensor = tensor.to(base.dtype, copy=True)
     if base.on_gpu:
         return tensor.pin_memory()
     return tensor

@@ -1,7 +1,7 @@
 """The engine that writes answers while a model trains: on the trainer's own base, with its adapter as it is now.
 
 No weight of the base is copied or sent: the engine lays the frozen weights out once, and the trainer's layers are
-views of the same memory from then on. The adapter takes the way of one that is served: its export, read again.
+views of the same memory from then on. The adapter takes the way of one that is served: as its export has it.
 """
 
 import tempfile
@@ -17,8 +17,9 @@ from methods.base import Method, Tensors
 from methods.parts.peft_adapter import base_under
 from serving.base import FrozenBase
 from serving.engine import Engine
+from serving.format import adapter_in
 from serving.loading import tail_ranks
-from serving.pool import packed_adapter
+from serving.packed import Packed, pack
 from serving.sequence import Request
 from trainer.generation import cache_bytes
 from trainer.renewed_export import RenewedExport
@@ -26,7 +27,7 @@ from trainer.reward_model import bytes_of_judge
 from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
-PROMPTS_CHUNK = 2048  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
+PROMPTS_CHUNK = 3072  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
 BETWEEN_TENSORS = 1 << 20  # bytes of the adapter's memory
 
 
@@ -85,19 +86,24 @@ class GroupWriter:
 
     def load(self) -> str:
         """Take over the adapter as it is now; gives its digest."""
-        weights = self._weights()
-        self._export.write(weights)
-        return self.engine.load(TRAINED, self._export.folder)
+        packed = self._packed(self.engine.base)
+        self.engine.give(TRAINED, packed)
+        return packed.digest
 
     def _adapter_bytes(self, base: FrozenBase) -> int:
         """What the adapter takes on the device: as it is now, or with all that is trained, if that is more."""
-        weights = self._weights()
-        self._export.write(weights)
-        packed = packed_adapter(self._export.folder, base)
+        packed = self._packed(base)
         now: int = packed.block.nbytes
         trained = numbers_trained(self._model)
         at_most: int = trained * base.dtype.itemsize
         return BETWEEN_TENSORS + max(now, at_most)
+
+    def _packed(self, base: FrozenBase) -> Packed:
+        """The adapter as it is now."""
+        weights = self._weights()
+        folder = self._export.folder(weights)
+        adapter = adapter_in(folder, base)
+        return pack(adapter, base)
 
     def _weights(self) -> Tensors:
         """What has changed in the model, on the host: in the same memory each time, all copied at once."""
