@@ -11,6 +11,7 @@ from orchestrator.evaluation.adapters import AdapterSource, PlainBase, base_of, 
 from orchestrator.evaluation.harness import harness_name, harness_tasks, require_harness
 from orchestrator.evaluation.judges import find_judge
 from orchestrator.evaluation.judging import judged_tasks, opponent, require_written
+from orchestrator.evaluation.losses import too_much_lost
 from orchestrator.evaluation.process import AllAnswers, AnsweredSheet, EvaluationProgress, have_answered
 from orchestrator.evaluation.questions import Preparation, PreparedTask
 from orchestrator.evaluation.report import EvaluatedTask, EvaluationReport, TaskResult, result_of_sheet
@@ -214,9 +215,9 @@ def _scored_sheet(task: PreparedTask, sheet: AnsweredSheet) -> TaskResult:
 
 
 def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
-    """What is to be known of results: adapters that change nothing or are not whole, and rows without room."""
+    """What is to be known of results: who changes nothing, is not whole, or lost too much, and rows without room."""
     of_adapters: dict[str, None] = {}  # each once
-    crowded: list[str] = []
+    of_tasks: list[str] = []
     for task in tasks:
         for result in task.results:
             if result.left_out > TOLD:
@@ -229,5 +230,6 @@ def _warnings_of(tasks: Sequence[EvaluatedTask]) -> list[str]:
             count = result.without_room
             if count:
                 rows = len(result.scores)
-                crowded.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
-    return [*of_adapters, *crowded]
+                of_tasks.append(f"task {task.name}: {count} of {rows} rows leave {result.label} no room on the base")
+        of_tasks += too_much_lost(task)
+    return [*of_adapters, *of_tasks]

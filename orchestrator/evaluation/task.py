@@ -55,6 +55,12 @@ class TaskSpec(Section):
         min_length=1,
         description="what a judging model takes for the better of two answers; evaluate --judge",
     )
+    may_lose: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="points that an adapter may lose to the base, or to whom it is judged against, without a warning",
+    )
     parse_special: bool = Field(False, description="names of control tokens in the data are control tokens, not text")
     date: datetime.date | None = Field(None, description="what a chat template takes for today; null: today")
 
@@ -150,5 +156,5 @@ def _found_from(source: str, task_file: Path) -> str:
 
 def described(task: TaskSpec) -> dict[str, Any]:
     """What a task's questions depend on, beside its data; not what counts as right: that is judged each time."""
-    judged_later = {"data", "rows", "extract", "normalise", "answer", "criterion"}
+    judged_later = {"data", "rows", "extract", "normalise", "answer", "criterion", "may_lose"}
     return task.model_dump(mode="json", exclude=judged_later)

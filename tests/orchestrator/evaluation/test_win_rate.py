@@ -19,9 +19,10 @@ from orchestrator import runs
 from orchestrator.comparison.estimates import win_rate
 from orchestrator.errors import InputError
 from orchestrator.evaluation.judging import Duel, DuelEnd, ModelJudge
+from orchestrator.evaluation.losses import too_much_lost
 from orchestrator.evaluation.page import answers_page
 from orchestrator.evaluation.questions import Preparation, PreparedTask
-from orchestrator.evaluation.report import TaskResult
+from orchestrator.evaluation.report import TaskResult, Wins
 from orchestrator.evaluation.table import win_texts
 from orchestrator.evaluation.task import TaskSpec
 from orchestrator.tracking import store
@@ -121,6 +122,24 @@ def test_a_model_judges_alike_whoever_is_compared_with_whom(task: Path, adapters
     (said, _) = win_texts(found.tasks[0])
     assert said.startswith(f"base wins {for_base.rate.value:.1%} (") and f"against {one}, judged by base" in said
     assert said in answers_page(found)
+
+
+def test_an_adapter_that_loses_more_than_it_may_is_named(task: Path, adapters: list[str], tmp_path: Path) -> None:
+    watched = tmp_path / "watched.yaml"
+    spec = {**yaml.safe_load(task.read_text()), "data": str(task.parent / "sums.jsonl"), "may_lose": 2}
+    watched.write_text(yaml.safe_dump(spec))
+    found = fleetune.evaluate(adapters, [watched], base=str(TINY), out=tmp_path)
+    (evaluated,) = found.tasks
+    gains = [evaluated.to_base(result)["exact_match"].value for result in evaluated.results[1:]]
+    assert len(found.warnings) == sum(gain < -0.02 for gain in gains)
+    base, one, two = evaluated.results
+    lost, kept = Wins("judge", "base", (0.0,) * 5 + (1.0,) * 3), Wins("judge", "base", (0.5,) * 8)
+    (said,) = too_much_lost(replace(evaluated, results=[base, replace(one, wins=lost), replace(two, wins=kept)]))
+    low, high = 100 * (0.5 - lost.rate.high), 100 * (0.5 - lost.rate.low)
+    points = f"12.5 points ({low:.1f} to {high:.1f})"
+    assert said == f"task watched: {one.label} loses {points} to base; may_lose allows 2"
+    against_one = [replace(base, wins=replace(lost, against=one.label)), one, replace(two, wins=kept)]
+    assert too_much_lost(replace(evaluated, results=against_one)) == []
 
 
 @pytest.mark.parametrize("kind", each_sampled(["lora", "full"]))
