@@ -59,6 +59,20 @@ def file_digest(source: str, digest_there: Callable[[Path], str | None] = sha256
     return None
 
 
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names stand for one base: they are the same, or those of folders with the same content."""
+    if one == other:
+        return True
+    digests = set()
+    for name in (one, other):
+        folder = Path(name)
+        if not folder.is_dir():
+            return False
+        digest = folder_digest(folder, scratch=False)
+        digests.add(digest)
+    return len(digests) == 1
+
+
 def folder_digest(folder: Path, scratch: bool) -> str:
     """sha256 over names, sizes and contents of what is loaded; `scratch`: without weights.
 

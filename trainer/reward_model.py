@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from methods.base import Tensors
-from runfolder.digests import folder_digest
+from runfolder.digests import is_same_base
 from runfolder.files import read_json, write_json
 from serving.base import FrozenBase
 from serving.engine import Engine
@@ -40,16 +40,7 @@ def shares_base(folder: Path, base: str) -> bool:
         return False
     described = read_json(config)
     named = str(described["base_model_name_or_path"])
-    if named == base:
-        return True
-    digests = set()
-    for place in (named, base):
-        base_folder = Path(place)
-        if not base_folder.is_dir():
-            return False
-        digest = folder_digest(base_folder, scratch=False)
-        digests.add(digest)
-    return len(digests) == 1
+    return is_same_base(named, base)
 
 
 def bytes_of_judge(folder: Path, base: FrozenBase) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.control import fetch
 from orchestrator.errors import InputError
 from orchestrator.runs import Handle, find, name_of
+from runfolder.digests import is_same_base
 from runfolder.files import Record
 from runfolder.folders import home
 from runfolder.mirror import Mirror
@@ -69,6 +70,18 @@ def base_of(adapters: Sequence[AdapterSource]) -> PlainBase:
     models = [base["model"] for base in bases]
     names = ", ".join(models)
     raise InputError(f"--base: missing; found runs on several bases ({names}); allowed: one for all adapters")
+
+
+def trained_elsewhere(adapters: Sequence[AdapterSource], base: str) -> list[str]:
+    """Of each adapter of a run on another base than this one, that it is so: what it changes is not there."""
+    texts = []
+    for adapter in adapters:
+        if adapter.base is None or not _has_adapter(adapter.folder):
+            continue
+        trained_on = adapter.base["model"]
+        if not is_same_base(trained_on, base):
+            texts.append(f"{adapter.label} was trained on {trained_on}, and is evaluated on {base}")
+    return texts
 
 
 def _adapter(reference: str, cluster: str | None, evaluated_on: str | None) -> AdapterSource:

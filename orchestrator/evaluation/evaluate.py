@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.evaluation.adapters import AdapterSource, PlainBase, base_of, resolve_adapters
+from orchestrator.evaluation.adapters import (
+    AdapterSource,
+    PlainBase,
+    base_of,
+    resolve_adapters,
+    trained_elsewhere,
+)
 from orchestrator.evaluation.harness import harness_name, harness_tasks, require_harness
 from orchestrator.evaluation.judges import find_judge
 from orchestrator.evaluation.judging import judged_tasks, opponent, require_written
@@ -81,7 +87,7 @@ def evaluate(
         by_task = judged_tasks(by_task, judging, other)
         answers += judging.asked
     with_runs = _with_runs(by_task, sources)
-    report = _report_of(place, with_runs, answers)
+    report = _report_of(place, with_runs, answers, sources)
     return track(report, sources)
 
 
@@ -129,12 +135,15 @@ def _require_own_tasks(of_harness: Sequence[str], cluster: str | None) -> None:
     require_harness(of_harness)
 
 
-def _report_of(place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllAnswers]) -> EvaluationReport:
+def _report_of(
+    place: Base, by_task: list[EvaluatedTask], answers: Sequence[AllAnswers], sources: Sequence[AdapterSource]
+) -> EvaluationReport:
     """What was found, and what of it was asked only now."""
     asked = sum(answered.asked for answered in answers)
     seconds = sum(answered.seconds for answered in answers)
-    warnings = _warnings_of(by_task)
     base = place.model
+    warnings = trained_elsewhere(sources, base)
+    warnings += _warnings_of(by_task)
     return EvaluationReport(base, by_task, asked, seconds, warnings)
 
 

@@ -17,43 +17,40 @@ def too_much_lost(task: EvaluatedTask) -> list[str]:
     if allowed is None:
         return []
     texts = []
-    for result, other in _with_opponents(task):
-        lost = _points_lost(task, result)
-        if lost.value <= allowed:
+    for result in task.results:
+        if result is task.base:
             continue
-        text = _LOSES.format(
-            task=task.name,
-            label=result.label,
-            lost=lost.value,
-            low=lost.low,
-            high=lost.high,
-            other=other,
-            allowed=allowed,
-        )
-        texts.append(text)
+        for other, lost in _losses(task, result):
+            if lost.value <= allowed:
+                continue
+            text = _LOSES.format(
+                task=task.name,
+                label=result.label,
+                lost=lost.value,
+                low=lost.low,
+                high=lost.high,
+                other=other,
+                allowed=allowed,
+            )
+            texts.append(text)
     return texts
 
 
-def _with_opponents(task: EvaluatedTask) -> Iterator[tuple[TaskResult, str]]:
-    """The adapters, each with whom it is compared with: where a judge was asked, those that it judged."""
-    adapters = [result for result in task.results if result is not task.base]
-    is_judged = any(result.wins is not None for result in task.results)
-    for result in adapters:
-        if result.wins is not None:
-            yield result, result.wins.against
-        elif not is_judged:
-            yield result, task.base.label
-
-
-def _points_lost(task: EvaluatedTask, result: TaskResult) -> Estimate:
-    """The points that an adapter lost to whom it is compared with, with their interval."""
+def _losses(task: EvaluatedTask, result: TaskResult) -> Iterator[tuple[str, Estimate]]:
+    """The points that an adapter lost, by whom to: in right answers to the base, before a judge to an opponent."""
     measure = task.measures[0]
-    gain = task.to_base(result)[measure]
-    even = 0.0
-    if result.wins is not None:
-        gain = result.wins.rate
-        even = _EVEN
-    lost = 100 * (even - gain.value)
-    low = 100 * (even - gain.high)
-    high = 100 * (even - gain.low)
-    return Estimate(lost, low, high)
+    gains = task.to_base(result)
+    yield task.base.label, _points_below(0.0, gains[measure])
+    wins = result.wins
+    if wins is None:
+        return
+    opponent = f"{wins.against} before {wins.judge}"
+    yield opponent, _points_below(_EVEN, wins.rate)
+
+
+def _points_below(level: float, share: Estimate) -> Estimate:
+    """By how many points a share is below a level."""
+    value = 100 * (level - share.value)
+    low = 100 * (level - share.high)
+    high = 100 * (level - share.low)
+    return Estimate(value, low, high)

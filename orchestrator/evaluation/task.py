@@ -59,7 +59,7 @@ class TaskSpec(Section):
         None,
         ge=0,
         le=100,
-        description="points that an adapter may lose to the base, or to whom it is judged against, without a warning",
+        description="points that an adapter may lose to the base, or before a judge, without a warning",
     )
     parse_special: bool = Field(False, description="names of control tokens in the data are control tokens, not text")
     date: datetime.date | None = Field(None, description="what a chat template takes for today; null: today")
