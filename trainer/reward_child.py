@@ -2,12 +2,13 @@
 
 Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
 {"problem": text}. A value whose answer has a key is first kept in the journal of its step: who has asked may be gone.
-What the function prints goes to stderr. Nothing of Fleetune is imported here, so that neither hides the other's
-modules, and what a model wrote is an argument, never code.
+What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts. Nothing of Fleetune
+is imported here, so that neither hides the other's modules, and what a model wrote is an argument, never code.
 """
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -36,14 +37,26 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
     """What comes of a call: a finite number as it is, anything else as a problem."""
     try:
         value = function(**arguments)
-        number = float(value)
     except Exception as error:
         kind = type(error).__name__
-        problem = f"{kind}: {error}"
-        return {"problem": f"raised {problem[:_PROBLEM_LENGTH]}"}
-    if number - number != 0:  # infinite, or not a number
-        return {"problem": f"gave {number}, allowed: a finite number"}
+        return {"problem": f"raised {kind}: {one_line(str(error))}"}
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # None, a text, a number without end
+        number = math.nan
+    if not math.isfinite(number):
+        return {"problem": f"gave {one_line(repr(value))}, allowed: a finite number"}
     return {"value": number}
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, in one line that any terminal and file can hold."""
+    words = text.split()
+    line = " ".join(words)
+    shown = ""
+    for letter in line[:_PROBLEM_LENGTH]:
+        shown += letter if letter.isprintable() else "?"
+    return shown
 
 
 class Keeper:
@@ -75,22 +88,30 @@ def main() -> None:
     """Load the function, and answer calls until stdin ends."""
     file, name, seconds = sys.argv[1:]
     longest = float(seconds) + _GRACE_S
+    questions = os.fdopen(os.dup(0))
     answers = os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:  # noqa: PTH123 (nothing but what a call takes is imported)
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
     try:
         function = load_function(file, name)
     except Exception as error:
         kind = type(error).__name__
-        print(json.dumps({"problem": f"cannot be loaded: {kind}: {error}"}), file=answers, flush=True)
+        print(json.dumps({"problem": f"cannot be loaded: {kind}: {one_line(str(error))}"}), file=answers, flush=True)
         return
     print(json.dumps({"value": 0.0}), file=answers, flush=True)
-    answer_calls(function, longest, answers)
+    answer_calls(function, longest, questions, answers)
 
 
-def answer_calls(function: Callable[..., Any], longest: float, answers: TextIO) -> None:
-    """Answer calls that come by stdin; one that takes longer than so many seconds ends this process."""
+def answer_calls(
+    function: Callable[..., Any],
+    longest: float,
+    questions: TextIO,
+    answers: TextIO,
+) -> None:
+    """Answer calls, a line each; one that takes longer than so many seconds ends this process."""
     keeper = Keeper()
-    for line in sys.stdin:
+    for line in questions:
         question = json.loads(line)
         arguments = question["arguments"]
         key = question["key"]

@@ -238,8 +238,11 @@ BAD = {
     "hangs": ("import time; time.sleep(99)", "took longer than 0.5 s"),
     "not_finite": ("return float('nan')", "gave nan, allowed: a finite number"),
     "random": ("import random; return random.random()", "could not be repeated"),
-    "nothing": ("return None", "raised TypeError"),
+    "nothing": ("return None", "gave None, allowed: a finite number"),
     "ends": ("import os; os._exit(3)", "ended its process (status 3)"),
+    "leaves": ("raise SystemExit(4)", "ended its process (status 4)"),
+    "lines": ("raise ValueError('a\\n\\x1b[1mb\\ud800')", "raised ValueError: a ?[1mb?; sample"),
+    "reads": ("import subprocess; return 1 / len(subprocess.check_output(['cat']))", "raised ZeroDivisionError"),
 }
 
 
