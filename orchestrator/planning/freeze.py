@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
+from orchestrator.planning.reward_file import check_defined
 from orchestrator.planning.survey import with_date, writes_date
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
@@ -57,6 +58,8 @@ def absolute(job: Job, folder: Path) -> Job:
     objective = with_rewards_moved(
         job, lambda file: _reward_path(file, folder), lambda model: _reward_model_path(model, folder)
     )
+    if isinstance(objective, GroupOptions) and objective.reward_file is not None:
+        check_defined(Path(objective.reward_file), objective.reward_function)
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
@@ -203,7 +206,7 @@ def _reward_path(file: str, folder: Path) -> str:
     """The file of a reward as an absolute path; raises InputError where there is none."""
     path = _existing(file, folder)
     if path is None or not path.is_file():
-        raise InputError(f"objective.reward: found no file {file}; allowed: exact_match, or file.py:function")
+        raise InputError(f"objective.reward: found no file {file}; allowed: the path of one, from the job's folder")
     return str(path)
 
 

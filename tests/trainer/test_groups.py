@@ -321,6 +321,7 @@ def test_rewards_add_up_by_their_weights(journal: RewardJournal, tmp_path: Path)
         ({"method": {"kind": "full"}}, "objective grpo with method full: it changes the base's own weights"),
         ({"sharding": {"zero": 3}}, "sharding.zero 3 with objective grpo"),
         ({"method": {"kind": "lora", "init": "pissa"}}, "method.init pissa, which moves the base's weights"),
+        ({"method": {"kind": "lora", "dropout": 0.1}}, "method.dropout 0.1: what writes the answers drops nothing"),
         ({"objective": {"kind": "grpo", "reward": "rewards.py"}}, "allowed: exact_match, format, model, or file.py"),
         ({"objective": {"kind": "grpo", "reward": {}}}, "allowed: exact_match, format, model"),
         ({"objective": {"kind": "grpo", "reward": {"a.py:f": 1, "b.py:g": 1}}}, "allowed: one function, which"),
@@ -333,6 +334,13 @@ def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], pr
     Job.model_validate(job)
     with pytest.raises(ValidationError, match=problem):
         Job.model_validate(job | parts)
+
+
+NOT_THERE = {
+    "def spred(prompt, completion, row):\n    return spread\n": "rewards.py: found no spread; allowed: a function",
+    "def spread(:": r"rewards.py: found invalid syntax .*line 1.*; allowed: Python",
+    "\x00": "found source code .*null bytes.*; allowed: Python",
+}
 
 
 def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
@@ -350,8 +358,14 @@ def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
     (change,) = changes(job, known)
     assert change.startswith(f"objective.reward: {rewards} has changed since the submission")
     rewards.unlink()
-    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: exact_match, or"):
+    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: the path of one"):
         read_job(job_file)
+    for code, problem in NOT_THERE.items():
+        rewards.write_text(code)
+        with pytest.raises(InputError, match=problem):
+            read_job(job_file)
+    rewards.write_text("from statistics import mean as spread\nraise SystemExit('it was run')\n")
+    assert read_job(job_file)[0] == job
 
 
 def costs(options: Any, growth: list[float], excess: float) -> list[float]:
