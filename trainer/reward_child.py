@@ -2,8 +2,10 @@
 
 Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
 {"problem": text}. A value whose answer has a key is first kept in the journal of its step: who has asked may be gone.
-What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts. Nothing of Fleetune
-is imported here, so that neither hides the other's modules, and what a model wrote is an argument, never code.
+The calls are made in a process below this one: Ray kills the children of a worker that it ends, and what is under way
+then is to be kept. What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts.
+Nothing of Fleetune is imported here, so that neither hides the other's modules, and what a model wrote is an
+argument, never code.
 """
 
 import importlib.util
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
+_LONGEST_LOADING_S = 120 + _GRACE_S
 _PROBLEM_LENGTH = 300  # characters of what a function raised
 _SYNCED_S = 1.0  # between two times at which what is kept is made to survive a crash of the machine
 
@@ -85,6 +88,22 @@ class Keeper:
 
 
 def main() -> None:
+    """Have a child do the work, and end as it does."""
+    child = os.fork()
+    if not child:
+        judge_until_end()
+        return
+    os.close(0)
+    os.close(1)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:  # by a signal
+        own = os.getpid()
+        os.kill(own, -code)
+    sys.exit(code)
+
+
+def judge_until_end() -> None:
     """Load the function, and answer calls until stdin ends."""
     file, name, seconds = sys.argv[1:]
     longest = float(seconds) + _GRACE_S
@@ -93,12 +112,14 @@ def main() -> None:
     with open(os.devnull) as nothing:  # noqa: PTH123 (nothing but what a call takes is imported)
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
+    signal.setitimer(signal.ITIMER_REAL, _LONGEST_LOADING_S)
     try:
         function = load_function(file, name)
     except Exception as error:
         kind = type(error).__name__
         print(json.dumps({"problem": f"cannot be loaded: {kind}: {one_line(str(error))}"}), file=answers, flush=True)
         return
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print(json.dumps({"value": 0.0}), file=answers, flush=True)
     answer_calls(function, longest, questions, answers)
 

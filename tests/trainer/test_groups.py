@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -33,7 +36,7 @@ from trainer.objectives.advantages import advantages_over_others, group_advantag
 from trainer.objectives.base import Arrays
 from trainer.objectives.group_loss import token_costs
 from trainer.objectives.groups import GroupPolicy, StepRefused
-from trainer.reward_function import RewardFailed
+from trainer.reward_function import RewardFailed, RewardProcess
 from trainer.reward_journal import RewardJournal, answer_key, forget_rewards
 from trainer.rewards import RewardSample, rewards_of
 from trainer.rollouts import RolloutLost, recorded_rollout, rolled_out
@@ -270,6 +273,21 @@ def test_a_reward_that_fails_shows_the_sample(name: str, journal: RewardJournal,
         rewards.judge([RewardSample("1 + 1 =", "3", "2", {"n": 7})], journal)
     assert problem in str(failed.value)
     assert "sample: prompt '1 + 1 =', completion '2', row {'n': 7}" in str(failed.value)
+
+
+def test_a_call_is_kept_though_the_children_of_its_worker_are_killed(journal: RewardJournal, tmp_path: Path) -> None:
+    """As Ray does where it ends a worker, because another one of the run has died."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import time\ndef slow(prompt, completion, row):\n    time.sleep(0.5)\n    return 3.0\n")
+    process = RewardProcess(str(file), "slow", 5.0)
+    (child,) = [one for one in psutil.Process().children() if str(file) in one.cmdline()]
+    killed = threading.Timer(0.2, child.kill)
+    killed.start()
+    with suppress(RewardFailed):
+        process.value({"prompt": "p", "completion": "c", "row": {}}, journal.path, "key")
+    killed.join()
+    assert RewardJournal(claimed(tmp_path / "run"), 1, 0).value("key") == 3.0
+    process.end()
 
 
 def test_a_reward_may_fail_for_what_the_model_wrote_alone(journal: RewardJournal, tmp_path: Path) -> None:
