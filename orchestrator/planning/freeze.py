@@ -1,6 +1,5 @@
 """A job as it is read, and its frozen record: absolute paths, versions, digests of data and base, git."""
 
-import json
 import os
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
-from orchestrator.planning.reward_file import check_defined
+from orchestrator.planning.reward_file import architecture_of, check_defined
 from orchestrator.planning.survey import with_date, writes_date
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
@@ -218,11 +217,10 @@ def _reward_model_path(model: str, folder: Path) -> str:
             f"objective.reward_model: found no reward model in {model}; allowed: the output of a run of objective "
             "reward"
         )
-    described = json.loads((path / "config.json").read_text())
-    names = described.get("architectures") or ["none"]
-    if not names[0].endswith("ForSequenceClassification"):
+    kind = architecture_of(path / "config.json")
+    if not kind.endswith("ForSequenceClassification"):
         raise InputError(
-            f"objective.reward_model: {model}: found {names[0]}, which does not score; allowed: the output of a run "
+            f"objective.reward_model: {model}: found {kind}, which does not score; allowed: the output of a run "
             "of objective reward"
         )
     return str(path)

@@ -386,6 +386,24 @@ def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
     assert read_job(job_file)[0] == job
 
 
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "config.json: found no JSON"),
+        ("[]", "judge: found none, which does not score"),
+        ('{"architectures": [3]}', "judge: found 3, which does not score"),
+    ],
+)
+def test_what_is_no_reward_model_is_told_in_a_line(config: str, problem: str, tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    judged = {"kind": "grpo", "reward": "model", "reward_model": str(folder)}
+    written = {"base": "b", "method": "lora", "data": "rows.jsonl", "train": {"steps": 1}, "objective": judged}
+    with pytest.raises(InputError, match=problem):
+        read_job(written)
+
+
 def costs(options: Any, growth: list[float], excess: float) -> list[float]:
     """What the tokens of two answers cost, of two tokens and of one, whose advantages are 1 and -1."""
     old_N = torch.tensor([-1.0, -2.0, -3.0])
