@@ -345,6 +345,7 @@ def test_rewards_add_up_by_their_weights(journal: RewardJournal, tmp_path: Path)
         ({"objective": {"kind": "grpo", "reward": {"a.py:f": 1, "b.py:g": 1}}}, "allowed: one function, which"),
         ({"objective": {"kind": "grpo", "reward": "model"}}, "reward_model: found none with reward model"),
         ({"objective": {"kind": "grpo", "reward_model": "m"}}, "reward_model: found m, which no reward asks"),
+        ({"objective": {"kind": "grpo", "reward_seconds": 1e10}}, "less than or equal to 1000000"),
     ],
 )
 def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], problem: str) -> None:
