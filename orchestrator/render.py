@@ -190,7 +190,7 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     fields = {
         "job": f"{plan.name}: {plan.method} on {plan.base}",
         "layout": f"{workers}, ZeRO {plan.zero}, {plan.precision}, {plan.kernels} kernels",
-        "data": f"{_number(plan.rows)} rows to train on, {_number(plan.eval_rows)} to evaluate",
+        "data": f"{_number(plan.rows, 'uncounted')} rows to train on, {_number(plan.eval_rows)} to evaluate",
         "batch": f"{plan.batch_tokens:,} tokens, about {passes} per worker",
         "learning rate": f"{plan.lr:.4g} at its peak ({plan.lr_source})",
         "steps": _steps_text(plan),
@@ -257,9 +257,9 @@ def _coloured(word: str) -> str:
     return f"[{colour}]{word}[/]"
 
 
-def _number(rows: int | None) -> str:
+def _number(rows: int | None, unknown: str = "none") -> str:
     if rows is None:
-        return "none"
+        return unknown
     return f"{rows:,}"
 
 

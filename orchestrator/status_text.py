@@ -170,7 +170,7 @@ def _figure_lines(figures: Figures) -> Iterator[Fact]:
         yield "speed", speed
     last = figures.last_evaluation
     best = figures.best_evaluation
-    if last and best:
+    if last and best and len(last) > 1:  # that of a stage that writes has its step alone
         yield "evaluation", _evaluation_text(last)
         if best["step"] == last["step"]:
             yield "best so far", "the last one"

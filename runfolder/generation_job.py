@@ -3,14 +3,15 @@
 import datetime
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from runfolder.job import Base, Tracking
 from runfolder.resources import Resources, Section, as_mapping
 from runfolder.variables import Variables
 
+ROWS_FILE = "rows.jsonl"  # what it leaves
 _TEMPLATE = "a template with {column}s, and {principle.field}s of the principle that a row draws"
 
 
@@ -37,6 +38,15 @@ class JudgedColumns(Section):
     answers: tuple[str, str] = Field((" A", " B"), description="texts that stand for the first and the second one")
     margin: float = Field(0.0, ge=0, lt=0.5, description="of rows that are left out: how near to 0.5 p_first is")
     round: int = Field(0, ge=0, description="columns of one round have the same principle of a row")
+
+    @model_validator(mode="after")
+    def _tells_its_columns_apart(self) -> Self:
+        columns = (self.first, self.second)
+        for what, both in {"answers": self.answers, "columns": columns}.items():
+            first, second = both
+            if first == second:
+                raise ValueError(f"found {what} that are both {first!r}; allowed: two that differ")
+        return self
 
 
 class MatchColumn(Section):

@@ -40,9 +40,11 @@ class GroupOptions(ObjectiveOptions):
     reward_model: str | None = Field(
         None, description="folder of a reward model, as objective reward leaves it, for the reward `model`"
     )
-    reward_seconds: float = Field(10.0, gt=0, description="longest that one call of the reward's function may take")
+    reward_seconds: float = Field(
+        10.0, gt=0, le=1e6, description="longest that one call of the reward's function may take"
+    )
     samples: int = Field(8, ge=2, description="answers to each prompt, which are compared with each other")
-    new_tokens: int = Field(256, ge=1, description="longest answer that is written")
+    new_tokens: int = Field(256, ge=1, description="longest answer that is written, if data.seq_len has room for it")
     temperature: float = Field(1.0, gt=0, description="what logits are divided by, in writing and in learning")
     updates: int = Field(
         1, ge=1, description="steps that learn from the same answers; from 2 on, a step's prompts are the first one's"

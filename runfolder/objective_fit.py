@@ -18,11 +18,23 @@ def check_method(objective: ObjectiveOptions, method: Options) -> None:
             "objective.share_prompts with method longlora, whose attention in training is by places in a row; "
             "allowed: false, or method lora"
         )
+    if isinstance(objective, GroupOptions):
+        _check_writer(objective, method)
+
+
+def _check_writer(objective: GroupOptions, method: Options) -> None:
+    """Raise ValueError where what writes the answers would not be what is trained on them."""
     start = getattr(method, "init", None)
-    if isinstance(objective, GroupOptions) and start in _MOVES_BASE:
+    if start in _MOVES_BASE:
         raise ValueError(
             f"objective {objective.kind} with method.init {start}, which moves the base's weights: the generating "
             "engine would add to them what is left for the base as it was; allowed: default"
+        )
+    dropout = getattr(method, "dropout", 0.0)
+    if dropout > 0:
+        raise ValueError(
+            f"objective {objective.kind} with method.dropout {dropout:g}: what writes the answers drops nothing, so "
+            "they would be another policy's; allowed: 0"
         )
 
 

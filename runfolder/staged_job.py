@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from runfolder.generation_job import GenerationJob, is_generation
+from runfolder.generation_job import ROWS_FILE, GenerationJob, is_generation
 from runfolder.job import Job, Tracking
 from runfolder.resources import Resources, Section
 from runfolder.sources import StageOutput, parse_source
@@ -60,13 +60,15 @@ class StagedJob(Section):
         if reference.stage not in earlier:
             allowed = ", ".join(earlier) or "none, as it is the first one"
             return f"; allowed: an earlier stage ({allowed})"
+        named = self.stages[reference.stage]
         if field == "base.model":
-            named = self.stages[reference.stage]
             if isinstance(named, Job):
                 return ""
             return ", which writes rows; allowed: a stage that trains"
         if reference.file is None:
-            return f"; allowed: a file of its output, like stage:{reference.stage}/rows.jsonl"
+            return f"; allowed: a file of its output, like stage:{reference.stage}/{ROWS_FILE}"
+        if isinstance(named, GenerationJob) and reference.file != ROWS_FILE:
+            return f"/{reference.file}; allowed: stage:{reference.stage}/{ROWS_FILE}"
         return ""
 
     @property

@@ -2,12 +2,15 @@
 
 Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
 {"problem": text}. A value whose answer has a key is first kept in the journal of its step: who has asked may be gone.
-What the function prints goes to stderr. Nothing of Fleetune is imported here, so that neither hides the other's
-modules, and what a model wrote is an argument, never code.
+The calls are made in a process below this one: Ray kills the children of a worker that it ends, and what is under way
+then is to be kept. What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts.
+Nothing of Fleetune is imported here, so that neither hides the other's modules, and what a model wrote is an
+argument, never code.
 """
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -16,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
+_LONGEST_LOADING_S = 120 + _GRACE_S
 _PROBLEM_LENGTH = 300  # characters of what a function raised
 _SYNCED_S = 1.0  # between two times at which what is kept is made to survive a crash of the machine
 
@@ -36,14 +40,26 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
     """What comes of a call: a finite number as it is, anything else as a problem."""
     try:
         value = function(**arguments)
-        number = float(value)
     except Exception as error:
         kind = type(error).__name__
-        problem = f"{kind}: {error}"
-        return {"problem": f"raised {problem[:_PROBLEM_LENGTH]}"}
-    if number - number != 0:  # infinite, or not a number
-        return {"problem": f"gave {number}, allowed: a finite number"}
+        return {"problem": f"raised {kind}: {one_line(str(error))}"}
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # None, a text, a number without end
+        number = math.nan
+    if not math.isfinite(number):
+        return {"problem": f"gave {one_line(repr(value))}, allowed: a finite number"}
     return {"value": number}
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, in one line that any terminal and file can hold."""
+    words = text.split()
+    line = " ".join(words)
+    shown = ""
+    for letter in line[:_PROBLEM_LENGTH]:
+        shown += letter if letter.isprintable() else "?"
+    return shown
 
 
 class Keeper:
@@ -72,25 +88,51 @@ class Keeper:
 
 
 def main() -> None:
+    """Have a child do the work, and end as it does."""
+    child = os.fork()
+    if not child:
+        judge_until_end()
+        return
+    os.close(0)
+    os.close(1)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:  # by a signal
+        own = os.getpid()
+        os.kill(own, -code)
+    sys.exit(code)
+
+
+def judge_until_end() -> None:
     """Load the function, and answer calls until stdin ends."""
     file, name, seconds = sys.argv[1:]
     longest = float(seconds) + _GRACE_S
+    questions = os.fdopen(os.dup(0))
     answers = os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:  # noqa: PTH123 (nothing but what a call takes is imported)
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
+    signal.setitimer(signal.ITIMER_REAL, _LONGEST_LOADING_S)
     try:
         function = load_function(file, name)
     except Exception as error:
         kind = type(error).__name__
-        print(json.dumps({"problem": f"cannot be loaded: {kind}: {error}"}), file=answers, flush=True)
+        print(json.dumps({"problem": f"cannot be loaded: {kind}: {one_line(str(error))}"}), file=answers, flush=True)
         return
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print(json.dumps({"value": 0.0}), file=answers, flush=True)
-    answer_calls(function, longest, answers)
+    answer_calls(function, longest, questions, answers)
 
 
-def answer_calls(function: Callable[..., Any], longest: float, answers: TextIO) -> None:
-    """Answer calls that come by stdin; one that takes longer than so many seconds ends this process."""
+def answer_calls(
+    function: Callable[..., Any],
+    longest: float,
+    questions: TextIO,
+    answers: TextIO,
+) -> None:
+    """Answer calls, a line each; one that takes longer than so many seconds ends this process."""
     keeper = Keeper()
-    for line in sys.stdin:
+    for line in questions:
         question = json.loads(line)
         arguments = question["arguments"]
         key = question["key"]

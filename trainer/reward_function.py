@@ -16,6 +16,7 @@ from fleetune_start import unshadowed
 
 CHILD = Path(__file__).with_name("reward_child.py")
 LOADING_S = 120.0  # that the file may take to be loaded: it may import much
+_ENDING_S = 2.0  # that a process may take from the end of its output to its own
 _BLOCK = 65536
 _SHOWN_OF_SAMPLE = 200  # characters of a sample's texts in an error
 Arguments = Mapping[str, Any]
@@ -93,6 +94,8 @@ class RewardProcess:
                 return {"problem": f"took longer than {seconds:g} s (objective.reward_seconds)"}
             block = os.read(answers.fileno(), _BLOCK)
             if not block:
+                with suppress(subprocess.TimeoutExpired):  # it is ending by itself, with a status that says why
+                    self._process.wait(_ENDING_S)
                 self.end()
                 status = self._process.returncode
                 return {"problem": f"ended its process (status {status})"}

@@ -20,12 +20,11 @@ from runfolder.digests import changes, frozen_digests
 from runfolder.draws import Principle
 from runfolder.files import sync_folder
 from runfolder.folders import home
-from runfolder.generation_job import GenerationJob, JudgedColumns, MadeColumn, MatchColumn
+from runfolder.generation_job import ROWS_FILE, GenerationJob, JudgedColumns, MadeColumn, MatchColumn
 from runfolder.record import load_any_job
 from serving.kept import AnswersFile, merge_answers
 from trainer.checkpoint.lineage import checkpoint_folder
 
-ROWS_FILE = "rows.jsonl"
 _CROWD = 1.96  # standard errors of a share, which its 95 % interval has on each side
 
 

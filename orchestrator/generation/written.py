@@ -22,7 +22,7 @@ WrittenRow = dict[str, Any]  # values by column
 def read_written(source: str) -> list[WrittenRow]:
     """The rows of a file, each with an id: its own, or the digest of what it has; raises InputError."""
     rows = []
-    seen = set()
+    digests: dict[str, str] = {}
     for number, record in records(source):
         if not isinstance(record, Mapping):
             found = describe_value(record)
@@ -31,10 +31,12 @@ def read_written(source: str) -> list[WrittenRow]:
         digest = digest_of_row(row)
         row.setdefault(ROW_ID, digest)
         row_id = id_of_row(row)
-        if row_id in seen:
-            continue  # the same row again, of which nothing else would be written
-        seen.add(row_id)
-        rows.append(row)
+        if row_id not in digests:
+            digests[row_id] = digest
+            rows.append(row)
+        elif digests[row_id] != digest:  # else it is the same row again, of which nothing else would be written
+            where = f"{source}, row {number}"
+            raise InputError(f"{where}: found the id {row_id!r}, which an earlier row has; allowed: one of its own")
     if not rows:
         raise InputError(f"{source}: found no rows; allowed: at least one")
     return rows

@@ -1,6 +1,5 @@
 """A job as it is read, and its frozen record: absolute paths, versions, digests of data and base, git."""
 
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 from orchestrator.errors import InputError
 from orchestrator.planning import spec
 from orchestrator.planning.model import Model
+from orchestrator.planning.reward_file import architecture_of, check_defined
 from orchestrator.planning.survey import with_date, writes_date
 from orchestrator.tracking.environment import PACKAGES
 from orchestrator.tracking.password import secrets_of, without_secrets
@@ -57,6 +57,8 @@ def absolute(job: Job, folder: Path) -> Job:
     objective = with_rewards_moved(
         job, lambda file: _reward_path(file, folder), lambda model: _reward_model_path(model, folder)
     )
+    if isinstance(objective, GroupOptions) and objective.reward_file is not None:
+        check_defined(Path(objective.reward_file), objective.reward_function)
     return job.model_copy(update={"data": data, "base": base, "objective": objective})
 
 
@@ -203,7 +205,7 @@ def _reward_path(file: str, folder: Path) -> str:
     """The file of a reward as an absolute path; raises InputError where there is none."""
     path = _existing(file, folder)
     if path is None or not path.is_file():
-        raise InputError(f"objective.reward: found no file {file}; allowed: exact_match, or file.py:function")
+        raise InputError(f"objective.reward: found no file {file}; allowed: the path of one, from the job's folder")
     return str(path)
 
 
@@ -215,11 +217,10 @@ def _reward_model_path(model: str, folder: Path) -> str:
             f"objective.reward_model: found no reward model in {model}; allowed: the output of a run of objective "
             "reward"
         )
-    described = json.loads((path / "config.json").read_text())
-    names = described.get("architectures") or ["none"]
-    if not names[0].endswith("ForSequenceClassification"):
+    kind = architecture_of(path / "config.json")
+    if not kind.endswith("ForSequenceClassification"):
         raise InputError(
-            f"objective.reward_model: {model}: found {names[0]}, which does not score; allowed: the output of a run "
+            f"objective.reward_model: {model}: found {kind}, which does not score; allowed: the output of a run "
             "of objective reward"
         )
     return str(path)

@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 
 from methods.options.base import BaseConfig
+from orchestrator.planning.answer_room import room_behind
 from orchestrator.planning.hours import planned_flops, stated_share
 from orchestrator.planning.model import Model
 from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precision
@@ -52,7 +53,8 @@ def generations(
     rows = int(job.train.batch_tokens / of_row)
     prompts = max(1, rows)
     answers = prompts * options.samples
-    tokens = answers * options.new_tokens
+    longest = min(options.new_tokens, room_behind(of_prompt, job))
+    tokens = round(answers * longest)
     learned = tokens + round(answers * of_prompt)
     precision = planned_precision(job, kind)
     element = 2 if precision == "bf16" else 4
@@ -61,7 +63,7 @@ def generations(
     cache_bytes = cached * of_token
     share = None
     if sizes is not None and gpu is not None:
-        length = of_prompt + options.new_tokens
+        length = of_prompt + longest
         share = _writing_share(job, model, sizes, gpu, answers, length, of_token, learned)
     judge = _folder_bytes(options.reward_model)
     return Generations(prompts, answers, tokens, learned, options.updates, cache_bytes, share, judge)

@@ -8,6 +8,7 @@ from clusters.base import Capacity
 from clusters.machine import total_capacity
 from orchestrator.errors import InputError
 from orchestrator.planning import base
+from orchestrator.planning.answer_room import answer_warnings
 from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
 from orchestrator.tracking.store import check_uri
@@ -147,6 +148,8 @@ def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
         yield f"data: rows were not looked at as tokens ({reason}); the workers do it first"
     elif _writes_todays_date(job, model, train.survey):
         yield "data.date: the chat template writes the day of submission into every chat; say a date to fix it"
+    if train.survey is not None:
+        yield from answer_warnings(job, train.survey)
     yield from few_steps(job, train.tokens)
 
 

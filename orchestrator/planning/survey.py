@@ -22,9 +22,9 @@ from runfolder.folders import cache_folder
 from runfolder.job import Job
 from runfolder.sources import ClusterFile, StageOutput, file_of, parse_source
 from trainer.data.date import asks_for_date
-from trainer.data.files import digest
+from trainer.data.files import digest, reject
 from trainer.data.preferences import read_answers
-from trainer.data.rows import Row
+from trainer.data.rows import Row, asks, read_rows
 from trainer.data.survey import Survey
 
 READER = [sys.executable, "-P", "-m", "trainer.data"]  # the child, which gets a request and prints answers
@@ -93,11 +93,21 @@ def look(job: Job, model: Model | None, progress: SourceProgress, is_here: bool 
 
 def _source_rows(job: Job, source: str, survey: Survey | None) -> SourceRows | None:
     """What a source holds, by its survey or as an estimate; None for a hub dataset that nothing here can read."""
+    if job.objective.generates and file_of(source):
+        _check_prompt(job, source)
     if survey:
         return SourceRows(survey.rows, survey.tokens, survey)
     if file_of(source) or importlib.util.find_spec("datasets"):
         return _estimate(job, source)
     return None
+
+
+def _check_prompt(job: Job, source: str) -> None:
+    """Raise RowError where the first row asks a model nothing, as rows of plain text; all others have its shape."""
+    for row in read_rows(source, job.data.columns):
+        if not asks(row):
+            reject(f"{source}, row {row.number}", "no prompt", "rows with a prompt to answer")
+        return
 
 
 def missing_packages() -> list[str]:

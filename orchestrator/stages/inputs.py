@@ -1,6 +1,6 @@
 """What a stage reads, whether it trains or writes: paths, checks, digests, and its files where it is done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from orchestrator.errors import InputError
@@ -56,6 +56,14 @@ def check_stage_inputs(job: AnyStage, is_here: bool, check: CheckJob) -> tuple[M
         rows = readable_rows(generate.rows, is_here)
         check_columns(generate, rows or (), principles)
     return model, ()
+
+
+def marked_of_stage(stage: str, texts: Iterable[str]) -> list[str]:
+    """Texts that say of which stage they are."""
+    marked = []
+    for text in texts:
+        marked.append(f"stages.{stage}: {text}")
+    return marked
 
 
 def _is_readable(source: str, is_here: bool) -> bool:

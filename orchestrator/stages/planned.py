@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.backends import open_cluster
+from orchestrator.errors import InputError
 from orchestrator.planning.freeze import JobSource
 from orchestrator.planning.plan import Plan, planner_of
+from orchestrator.planning.preflight import check_job
 from orchestrator.planning.survey import SourceProgress
-from orchestrator.stages.inputs import readable_rows
+from orchestrator.stages.inputs import check_stage_inputs, marked_of_stage, readable_rows
 from orchestrator.stages.spec import base_of_stage, read_staged
 from runfolder.generation_job import AnswerColumn, GenerationJob, JudgedColumns
 from trainer.dry_run.process import DryRunProcess
@@ -55,14 +57,19 @@ def plan_stages(
     plans: dict[str, StagePlan] = {}
     with DryRunProcess() as process:
         for stage, job in staged.stages.items():
-            if isinstance(job, GenerationJob):
-                plans[stage] = _writing_plan(job, is_here)
-                continue
             base = base_of_stage(staged, stage)
             seen = job.model_copy(update={"base": base})
-            planner = planner_of(seen, process, progress, cluster, gpu_gib)
-            plan = planner.plan(seen)
-            plans[stage] = replace(plan, base=job.base.model, request=None)  # one request is for all of them
+            try:
+                if isinstance(seen, GenerationJob):
+                    check_stage_inputs(seen, is_here, check_job)
+                    plan: StagePlan = _writing_plan(seen, is_here)
+                else:
+                    planner = planner_of(seen, process, progress, cluster, gpu_gib)
+                    plan = replace(planner.plan(seen), request=None)  # one request is for all of them
+            except InputError as error:
+                lines = marked_of_stage(stage, str(error).splitlines())
+                raise InputError("\n".join(lines)) from None
+            plans[stage] = replace(plan, base=job.base.model)
     return plans
 
 

@@ -1,6 +1,5 @@
 """The submission of a job of stages: all of them are checked and frozen, and one request goes to the cluster."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from clusters.base import Cluster
@@ -9,7 +8,14 @@ from orchestrator.errors import InputError
 from orchestrator.planning.freeze import Sent, frozen_of, git_state
 from orchestrator.planning.model import Model
 from orchestrator.runs import new_id
-from orchestrator.stages.inputs import CheckJob, brought_stage, check_stage_inputs, dated_stage, digests_of_stage
+from orchestrator.stages.inputs import (
+    CheckJob,
+    brought_stage,
+    check_stage_inputs,
+    dated_stage,
+    digests_of_stage,
+    marked_of_stage,
+)
 from orchestrator.stages.spec import base_of_stage
 from runfolder.digests import Digests
 from runfolder.files import Record
@@ -35,20 +41,12 @@ def check_stages(
         try:
             models[stage], of_stage = check_stage_inputs(seen, is_here, check)
         except InputError as error:
-            problems += _of_stage(stage, str(error).splitlines())
+            problems += marked_of_stage(stage, str(error).splitlines())
             continue
-        warnings += _of_stage(stage, of_stage)
+        warnings += marked_of_stage(stage, of_stage)
     if problems:
         raise InputError("\n".join(problems))
     return models, tuple(warnings)
-
-
-def _of_stage(stage: str, texts: Iterable[str]) -> list[str]:
-    """Texts that say of which stage they are."""
-    marked = []
-    for text in texts:
-        marked.append(f"stages.{stage}: {text}")
-    return marked
 
 
 def frozen_stages(

@@ -22,6 +22,7 @@ from orchestrator import progress
 from orchestrator.render import run_view
 from orchestrator.run_list import age, list_lines
 from orchestrator.status import Status
+from orchestrator.status_text import status_lines
 from orchestrator.wrapped import WrappedText, wrapped_lines
 from runfolder.activity import Activity
 from runfolder.chain import close
@@ -313,3 +314,11 @@ def test_a_line_follows_where_something_else_is_done(
             show(replace(RUN, activity=Activity(doing, T0, T0)), {}, "")
     first, second = capsys.readouterr().out.splitlines()
     assert "training step 1,201" in first and "exporting the output" in second
+
+
+def test_an_evaluation_that_says_nothing_is_left_out() -> None:
+    assert RUN.figures
+    written = replace(RUN.figures, last_evaluation={"step": 32}, best_evaluation={"step": 32})
+    names = [name for name, _ in status_lines(replace(RUN, figures=written))]
+    assert "memory" in names
+    assert not {"evaluation", "best so far"} & set(names)

@@ -34,7 +34,8 @@ def spread(prompt, completion, row):
             print(repr((prompt, completion)), file=stream)
         kills = json.loads((HERE / "kills.json").read_text())
         if number in kills:
-            kill = f"sleep {kills[number]}; kill -9 {os.getppid()}"
+            worker = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1]
+            kill = f"sleep {kills[number]}; kill -9 {worker}"
             shell = subprocess.Popen(["sh", "-c", kill], start_new_session=True)
             if kills[number] == 0:
                 shell.wait()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -33,7 +36,7 @@ from trainer.objectives.advantages import advantages_over_others, group_advantag
 from trainer.objectives.base import Arrays
 from trainer.objectives.group_loss import token_costs
 from trainer.objectives.groups import GroupPolicy, StepRefused
-from trainer.reward_function import RewardFailed
+from trainer.reward_function import RewardFailed, RewardProcess
 from trainer.reward_journal import RewardJournal, answer_key, forget_rewards
 from trainer.rewards import RewardSample, rewards_of
 from trainer.rollouts import RolloutLost, recorded_rollout, rolled_out
@@ -238,8 +241,11 @@ BAD = {
     "hangs": ("import time; time.sleep(99)", "took longer than 0.5 s"),
     "not_finite": ("return float('nan')", "gave nan, allowed: a finite number"),
     "random": ("import random; return random.random()", "could not be repeated"),
-    "nothing": ("return None", "raised TypeError"),
+    "nothing": ("return None", "gave None, allowed: a finite number"),
     "ends": ("import os; os._exit(3)", "ended its process (status 3)"),
+    "leaves": ("raise SystemExit(4)", "ended its process (status 4)"),
+    "lines": ("raise ValueError('a\\n\\x1b[1mb\\ud800')", "raised ValueError: a ?[1mb?; sample"),
+    "reads": ("import subprocess; return 1 / len(subprocess.check_output(['cat']))", "raised ZeroDivisionError"),
 }
 
 
@@ -267,6 +273,21 @@ def test_a_reward_that_fails_shows_the_sample(name: str, journal: RewardJournal,
         rewards.judge([RewardSample("1 + 1 =", "3", "2", {"n": 7})], journal)
     assert problem in str(failed.value)
     assert "sample: prompt '1 + 1 =', completion '2', row {'n': 7}" in str(failed.value)
+
+
+def test_a_call_is_kept_though_the_children_of_its_worker_are_killed(journal: RewardJournal, tmp_path: Path) -> None:
+    """As Ray does where it ends a worker, because another one of the run has died."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import time\ndef slow(prompt, completion, row):\n    time.sleep(0.5)\n    return 3.0\n")
+    process = RewardProcess(str(file), "slow", 5.0)
+    (child,) = [one for one in psutil.Process().children() if str(file) in one.cmdline()]
+    killed = threading.Timer(0.2, child.kill)
+    killed.start()
+    with suppress(RewardFailed):
+        process.value({"prompt": "p", "completion": "c", "row": {}}, journal.path, "key")
+    killed.join()
+    assert RewardJournal(claimed(tmp_path / "run"), 1, 0).value("key") == 3.0
+    process.end()
 
 
 def test_a_reward_may_fail_for_what_the_model_wrote_alone(journal: RewardJournal, tmp_path: Path) -> None:
@@ -318,11 +339,13 @@ def test_rewards_add_up_by_their_weights(journal: RewardJournal, tmp_path: Path)
         ({"method": {"kind": "full"}}, "objective grpo with method full: it changes the base's own weights"),
         ({"sharding": {"zero": 3}}, "sharding.zero 3 with objective grpo"),
         ({"method": {"kind": "lora", "init": "pissa"}}, "method.init pissa, which moves the base's weights"),
+        ({"method": {"kind": "lora", "dropout": 0.1}}, "method.dropout 0.1: what writes the answers drops nothing"),
         ({"objective": {"kind": "grpo", "reward": "rewards.py"}}, "allowed: exact_match, format, model, or file.py"),
         ({"objective": {"kind": "grpo", "reward": {}}}, "allowed: exact_match, format, model"),
         ({"objective": {"kind": "grpo", "reward": {"a.py:f": 1, "b.py:g": 1}}}, "allowed: one function, which"),
         ({"objective": {"kind": "grpo", "reward": "model"}}, "reward_model: found none with reward model"),
         ({"objective": {"kind": "grpo", "reward_model": "m"}}, "reward_model: found m, which no reward asks"),
+        ({"objective": {"kind": "grpo", "reward_seconds": 1e10}}, "less than or equal to 1000000"),
     ],
 )
 def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], problem: str) -> None:
@@ -330,6 +353,13 @@ def test_what_does_not_work_is_refused_with_the_reason(parts: dict[str, Any], pr
     Job.model_validate(job)
     with pytest.raises(ValidationError, match=problem):
         Job.model_validate(job | parts)
+
+
+NOT_THERE = {
+    "def spred(prompt, completion, row):\n    return spread\n": "rewards.py: found no spread; allowed: a function",
+    "def spread(:": r"rewards.py: found invalid syntax .*line 1.*; allowed: Python",
+    "\x00": "found source code .*null bytes.*; allowed: Python",
+}
 
 
 def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
@@ -347,8 +377,32 @@ def test_the_file_of_a_reward_is_part_of_the_job(tmp_path: Path) -> None:
     (change,) = changes(job, known)
     assert change.startswith(f"objective.reward: {rewards} has changed since the submission")
     rewards.unlink()
-    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: exact_match, or"):
+    with pytest.raises(InputError, match=r"objective.reward: found no file rewards.py; allowed: the path of one"):
         read_job(job_file)
+    for code, problem in NOT_THERE.items():
+        rewards.write_text(code)
+        with pytest.raises(InputError, match=problem):
+            read_job(job_file)
+    rewards.write_text("from statistics import mean as spread\nraise SystemExit('it was run')\n")
+    assert read_job(job_file)[0] == job
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "config.json: found no JSON"),
+        ("[]", "judge: found none, which does not score"),
+        ('{"architectures": [3]}', "judge: found 3, which does not score"),
+    ],
+)
+def test_what_is_no_reward_model_is_told_in_a_line(config: str, problem: str, tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    judged = {"kind": "grpo", "reward": "model", "reward_model": str(folder)}
+    written = {"base": "b", "method": "lora", "data": "rows.jsonl", "train": {"steps": 1}, "objective": judged}
+    with pytest.raises(InputError, match=problem):
+        read_job(written)
 
 
 def costs(options: Any, growth: list[float], excess: float) -> list[float]:

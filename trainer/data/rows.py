@@ -51,6 +51,13 @@ def read_rows(source: SourceName, columns: Columns | None = None) -> Iterator[Ro
         yield row_of(record, record.shape)
 
 
+def asks(row: Row) -> bool:
+    """Whether a row has a prompt that a model can answer."""
+    text = row.prompt.strip()
+    asked = text or row.messages
+    return bool(asked)
+
+
 def shaped_records(source: SourceName, columns: Columns | None, family: RowFamily) -> Iterator[ShapedRecord]:
     """Stream the records of a source, all of which have the shape of the first one. Raises RowError."""
     shape = None

@@ -19,7 +19,7 @@ from trainer.data.files import RowError, SourceName
 from trainer.data.key import key_of
 from trainer.data.making import shard_of_rows
 from trainer.data.preferences import PREFERENCES
-from trainer.data.rows import Row, read_rows
+from trainer.data.rows import Row, asks, read_rows
 from trainer.data.shards import RowProgress, Shard, load_or_make
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def read_prompts(
     encoder = Encoder(source, tokenizer, reading)
     with_prompt = []
     for row in read_rows(source, reading.columns):
-        if row.prompt.strip() or row.messages:
+        if asks(row):
             with_prompt.append(row)
     ids_of_prompts = encoder.prompts(with_prompt)
     together = zip(with_prompt, ids_of_prompts, strict=True)

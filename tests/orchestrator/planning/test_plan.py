@@ -225,6 +225,21 @@ def test_a_plan_counts_what_a_job_writes_and_its_caches(tmp_path: Path) -> None:
         "512 answers to about 64 prompts every 2 steps: at most 131,072 tokens, 172,032 with their prompts"
     )
     assert generations(job(), model, sized, rows, "gpu", None) is None
+    shorter = grpo.model_copy(update={"data": grpo.data.model_copy(update={"seq_len": 200})})
+    cut = generations(shorter, model, sized, rows, "gpu", None)
+    assert cut is not None
+    assert (cut.tokens, cut.learned) == (512 * 119, 512 * (119 + 80))
+
+
+def test_a_plan_tells_of_prompts_that_leave_little_or_are_none(tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "seq_len": 16}
+    grpo = a_job(tmp_path, objective={"kind": "grpo", "new_tokens": 15}, method="lora", data=data)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    told = "objective.new_tokens: found 15; a prompt of 1 tokens leaves room for 14 in data.seq_len 16, and"
+    assert [text for text in plan(grpo).warnings if text.startswith(told)], plan(grpo).warnings
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    where = tmp_path / "rows.jsonl"
+    assert problems(grpo) == [f"data.train: {where}, row 1: found no prompt, allowed: rows with a prompt to answer"]
 
 
 def test_a_sequence_longer_than_the_base_knows(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from jobs import make_job
 import fleetune
 from orchestrator import controller
 from orchestrator.stages import work
+from orchestrator.stages.planned import plan_stages
 from orchestrator.submit import dry_run
 from runfolder.chain import claim_next, last_attempt, result
 from runfolder.outcome import final_word
@@ -157,6 +158,9 @@ def test_a_secret_reaches_the_stages_and_no_other_file(tmp_path: Path) -> None:
         assert files == [folder / "secrets.json"]
 
 
+JUDGED = {"judge": "{first}?", "first": "prompt", "second": "prompt"}
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -167,6 +171,21 @@ def test_a_secret_reaches_the_stages_and_no_other_file(tmp_path: Path) -> None:
         ({"second": 3}, "stages.second: found 3; allowed: a mapping"),
         ({"second": {"method": {"kind": "lora", "rnk": 2}}}, r"stages.second: method.rnk: unknown key; did you mean"),
         ({"second": {"generate": {"rows": "train.jsonl", "columns": {"x": {"prompt": "{y}"}}}}}, "has no 'y'"),
+        (
+            {"second": {"generate": {"rows": "twice.jsonl", "columns": {"x": {"prompt": "{y}"}}}}},
+            "twice.jsonl, row 3: found the id '1', which an earlier row has; allowed: one of its own",
+        ),
+        (
+            {
+                "second": {"generate": {"rows": "twice.jsonl", "columns": {"x": {"prompt": "{y}"}}}},
+                "third": {"data": "stage:second/row.jsonl"},
+            },
+            "stages.third.data.train: found stage:second/row.jsonl; allowed: stage:second/rows.jsonl",
+        ),
+        (
+            {"second": {"generate": {"rows": "train.jsonl", "columns": {"x": JUDGED}}}},
+            "found columns that are both 'prompt'; allowed: two that differ",
+        ),
         (
             {"second": {"generate": {"rows": "train.jsonl", "columns": {"x": {"prompt": "{principle.y}"}}}}},
             "found {principle.y} without generate.principles",
@@ -179,10 +198,21 @@ def test_what_is_wrong_is_said_in_a_line(changes: dict[str, Any], problem: str, 
     for stage, job in changes.items():
         own = {"train": plain["stages"]["first"]["train"], "data": plain["stages"]["first"]["data"]}
         plain["stages"][stage] = {**own, **job} if isinstance(job, dict) and "generate" not in job else job
+    (tmp_path / "twice.jsonl").write_text('{"id": 1, "y": "a"}\n' * 2 + '{"id": 1, "y": "b"}\n')
     path = rewrite(tmp_path / "wrong.yaml", plain)
     with pytest.raises(fleetune.InputError) as error:
         dry_run(path)
     assert problem in str(error.value)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_plan_refuses_what_a_submission_does(tmp_path: Path) -> None:
+    plain = yaml.safe_load(write_stages(tmp_path).read_text())
+    writes = {"generate": {"rows": "train.jsonl", "columns": {"x": {"prompt": "{y}"}}}}
+    path = rewrite(tmp_path / "stages.yaml", {**plain, "stages": {"first": writes}})
+    for look in (dry_run, lambda file: plan_stages(file, (), lambda *_: None, None, None)):
+        with pytest.raises(fleetune.InputError, match=r"stages.first: generate.columns.x: row \w+ has no 'y'"):
+            look(path)
 
 
 @pytest.mark.usefixtures("home")
