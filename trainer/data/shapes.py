@@ -118,7 +118,7 @@ PAIRS_WITH_MARGINS = RowFamily(
 JUDGED = RowFamily(
     (
         RowShape(("prompt", "completion", "label"), companions=_BESIDE_PROMPT),
-        RowShape(("messages", "label")),
+        RowShape(("messages", "label"), companions={"system": ""}),
     ),
     (*_UNREAD, "chosen", "rejected", "labels"),
 )
