@@ -45,20 +45,25 @@ def chat_of(record: ShapedRecord, column: str) -> Messages:
 
 
 def _with_system(record: ShapedRecord, turns: Messages) -> Messages:
-    """A chat behind what the record says beside it; raises RowError for what has no place in a chat."""
+    """A chat behind what the record's column `system` says; raises RowError where it has a `context`, too."""
+    refuse_beside(record, "context", "a prompt of turns")
     fields = record.fields
-    beside = {}
-    for name in ("system", "context"):
-        value = fields.get(name)
-        if name in record.shape.companions and not is_empty(value):
-            beside[name] = value
-    if "context" in beside:
-        found = describe_value(beside["context"])
-        reject(f"{record.where}, field context", found, "nothing beside a prompt of turns")
-    if "system" not in beside:
+    value = fields.get("system")
+    if is_empty(value):
         return turns
-    system = system_turn(beside["system"], turns, f"{record.where}, field system")
+    system = system_turn(value, turns, f"{record.where}, field system")
     return (system, *turns)
+
+
+def refuse_beside(record: ShapedRecord, name: str, what: str) -> None:
+    """Raise RowError where a column that belongs to a prompt has no place in one."""
+    fields = record.fields
+    value = fields.get(name)
+    is_companion = name in record.shape.companions
+    if is_companion and not is_empty(value):
+        where = f"{record.where}, field {name}"
+        found = describe_value(value)
+        reject(where, found, f"nothing beside {what}")
 
 
 def _turns_of(record: ShapedRecord, column: str, speaker: str) -> Messages:

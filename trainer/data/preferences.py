@@ -13,7 +13,7 @@ from runfolder.objective import RowsRead
 from trainer.data.cells import finite_number, is_empty, text_of
 from trainer.data.chats import Messages
 from trainer.data.files import RowError, SourceName, describe_value, reject
-from trainer.data.preference_chats import chat_of, has_turns, last_turn
+from trainer.data.preference_chats import chat_of, has_turns, last_turn, refuse_beside
 from trainer.data.ranked import PairOfColumns, has_list, spread
 from trainer.data.rows import ColumnNames, Columns, Row, ShapedRecord, read_rows, row_of, shaped_records
 from trainer.data.shapes import JUDGED, PAIRS, PAIRS_WITH_MARGINS, answered_by
@@ -143,6 +143,7 @@ def _pair(record: ShapedRecord, chosen: Row, rejected: Row) -> Preference:
 
 def _pair_of_transcripts(record: ShapedRecord) -> Preference:
     """A pair of whole transcripts, each cut before its last reply."""
+    refuse_beside(record, "system", "a transcript")
     chosen = _cut_transcript(record, "chosen")
     rejected = _cut_transcript(record, "rejected")
     pair = _pair(record, chosen, rejected)

@@ -128,6 +128,7 @@ SYSTEM = {"role": "system", "content": "Add."}
     [
         (read_pairs, {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}),
         (read_pairs, CHATS | {"prompt": "1 + 1?"}),
+        (read_margins, CHATS),
         (read_pairs, {"prompt": [ASKED], "completions": ["2", "3"], "ranks": [1, 2]}),
         (read_judged, {"prompt": [ASKED], "completion": "2", "label": True}),
         (read_judged, {"messages": [ASKED, RIGHT], "label": True}),
@@ -247,6 +248,7 @@ MALFORMED_TRANSCRIPTS: list[tuple[Any, str]] = [
         HH | {"chosen": f"{HEAD} 2\n\nHuman: why?"},
         "field chosen: found a last turn of the human, allowed: a transcript",
     ),
+    (HH | {"system": "Add."}, "field system: found 'Add.' (str), allowed: nothing beside a transcript"),
     (HH | {"chosen": 5}, "field chosen: found 5 (int), allowed: text"),
 ]
 MALFORMED_JUDGED: list[tuple[Any, str]] = [
