@@ -46,7 +46,10 @@ def _show_example(example: ShownExample) -> None:
     fate = _FATES.get(example.fate or "", "")
     if example.cut_to > example.cut_from and example.kept:
         fate = _CUT_PROMPT
-    print_markup(f"[bold]row {example.row}[/]  {tokens} tokens, {learned} learned{fate}")
+    title = f"row {example.row}"
+    if example.answer:
+        title = f"{title}, {example.answer}"
+    print_markup(f"[bold]{title}[/]  {tokens} tokens, {learned} learned{fate}")
     print_markup(_coloured_text(example))
     print_markup(_coloured_tokens(example))
     print_markup("")

@@ -42,6 +42,7 @@ class ShownExample:
     """An example whole, of whose first `kept` tokens all are trained on but those of [cut_from, cut_to).
 
     `fate` says why not all are: truncated, dropped, or of a pair that teaches nothing, why (as Preference has it).
+    `answer` says which one of a preference it is, as Preference.titles has them.
     """
 
     row: int
@@ -50,6 +51,7 @@ class ShownExample:
     fate: str | None
     cut_from: int = 0
     cut_to: int = 0
+    answer: str | None = None
 
     def keeps(self, index: int) -> bool:
         """Whether the token at this place is trained on."""
@@ -151,7 +153,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
         shown = _shown_answers(chosen_preferences, encoder, tokenizer, reading)
     report_done = partial(progress, source)
     tokens = tokenise(source, tokenizer, reading, cache(), report_done)
-    counts = survey(tokens, tokenizer, reading.documents)
+    counts = survey(tokens, tokenizer, reading)
     warnings = []
     unknown = unknown_id(counts, model.embeddings)
     if unknown:
@@ -203,6 +205,10 @@ def _shown_answers(
 
     shown = []
     for preference in preferences:
+        if not preference.answers:
+            nothing = ShownExample(preference.number, [], 0, preference.left_out)
+            shown.append(nothing)
+            continue
         answers = []
         rows_of_both = list(preference.answers)
         for _, examples in encoder.examples(rows_of_both):
@@ -211,13 +217,13 @@ def _shown_answers(
         fitting = Fitting(answers, opening, reading)
         fate = preference.left_out or fitting.fate
         start, stop = fitting.cut_place
-        for answer in answers:
+        for title, answer in zip(preference.titles, answers, strict=True):
             tokens = _shown_tokens(answer, tokenizer)
             capacity = reading.max_tokens + fitting.cut
             kept = min(capacity, len(tokens))
             if fate not in (None, "truncated"):
                 kept = 0
-            shown_answer = ShownExample(preference.number, tokens, kept, fate, start, stop)
+            shown_answer = ShownExample(preference.number, tokens, kept, fate, start, stop, title)
             shown.append(shown_answer)
     return shown
 

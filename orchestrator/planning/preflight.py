@@ -133,6 +133,9 @@ def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
         texts = row_warnings(rows.survey, job.data.seq_len)
         for text in texts:
             yield f"data.{key}: {text}"
+        duplicates = rows.survey.duplicates
+        if duplicates and job.objective.rows != "answers":
+            yield f"data.{key}: {duplicates} of {rows.survey.examples} preferences are equal to an earlier one"
     train = looked.rows["train"]
     if train is None:
         parsed = parse_source(job.data.train)

@@ -33,7 +33,7 @@ _LARGEST = 256 << 20  # bytes of a file that is looked at as tokens before a run
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, for estimates alone
 _TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-_SURVEY_FORMAT = 3  # of the surveys that are remembered
+_SURVEY_FORMAT = 4  # of the surveys that are remembered
 
 SurveyResults = dict[str, Survey | str]  # by the key of a source: its survey, or what is wrong with it
 SourceProgress = Callable[[str, int], None]  # a source, and the number of its rows that are done

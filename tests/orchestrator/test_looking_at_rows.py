@@ -102,6 +102,34 @@ def test_rows_shows_both_answers_of_a_pair_and_what_its_prompt_loses(
 
 
 @pytest.mark.usefixtures("base", "home")
+def test_rows_says_which_answer_is_which_and_shows_lists_that_teach_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tied = {"prompt": "Answer:", "completions": [" yes", " no"], "ranks": [1, 1]}
+    show_rows(rows(job(tmp_path, tied, tied | {"ranks": [2, 1]}), overrides=["objective=dpo"]))
+    said = capsys.readouterr().out
+    assert "row 1  0 tokens, 0 learned, left out: all of its answers rank alike" in said
+    assert 0 < said.index("row 2, chosen") < said.index(" no") < said.index("row 2, rejected")
+    judged = [{"prompt": p, "completion": " yes", "label": p == "Q:"} for p in ("Q:", "Answer:")]
+    show_rows(rows(job(tmp_path, *judged), overrides=["objective=kto"]))
+    said = capsys.readouterr().out
+    assert "row 1, desirable" in said and "row 2, undesirable" in said
+    assert said.count(", a neighbour's answer, for the baseline") == 2
+
+
+@pytest.mark.usefixtures("base", "home")
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_plan_counts_preferences_that_are_there_twice(tmp_path: Path, objective: str) -> None:
+    pair = {"prompt": "Answer:", "chosen": " yes", "rejected": " no"}
+    records: list[Any] = [pair, pair, pair | {"prompt": "Q:"}]
+    if objective == "kto":
+        asked = [("Answer:", True), ("Q:", False), ("Answer:", True)]
+        records = [{"prompt": p, "completion": " yes", "label": label} for p, label in asked]
+    found = plan(job(tmp_path, *records), overrides=[f"objective={objective}"])
+    assert "data.train: 1 of 3 preferences are equal to an earlier one" in found.warnings
+
+
+@pytest.mark.usefixtures("base", "home")
 def test_rows_shows_how_examples_are_packed(tmp_path: Path) -> None:
     records = [{"prompt": "", "completion": "a" * length} for length in (30, 20, 10)]
     found = rows(job(tmp_path, *records))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from trainer.data.tokens import Document, Tokens, tokenise
 from trainer.kernels import Kernels
 from trainer.kernels.head import LinearHead
 from trainer.objectives import likelihood
-from trainer.objectives.dpo import pair_losses
+from trainer.objectives.dpo import DirectPreference, pair_losses
 from trainer.objectives.likelihood import likelihood_arrays
 from trainer.objectives.orpo import log_odds
 from trainer.schedule import learning_rate
@@ -344,3 +345,17 @@ def test_what_a_margin_costs(name: str, margin: float) -> None:
         "hinge": max(0.0, 1 - beta * margin),
     }
     assert pair_losses(options, torch.tensor(margin)).item() == pytest.approx(expected[options.loss], rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize(("lead", "accuracy"), [(0.05, 1.0), (-0.05, 0.0), (1e-5, 0.5)])
+def test_what_counts_as_a_tie_is_no_matter_of_beta(
+    beta: float, lead: float, accuracy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = SimpleNamespace(objective=DpoOptions(beta=beta))
+    setup: Any = SimpleNamespace(job=job)
+    objective = DirectPreference(setup)
+    monkeypatch.setattr(objective, "policy", lambda _model, _batch: torch.tensor([lead - 3, -3.0]).double())
+    batch = {"chosen": torch.tensor([0]), "rejected": torch.tensor([1]), "labels": torch.tensor([2, 2])}
+    shares = objective.loss(torch.nn.Module(), batch | {"reference": torch.tensor([-3.0, -3.0])}, {"pairs": 1}, {})
+    assert shares.metrics["accuracy"].item() == accuracy

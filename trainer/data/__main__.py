@@ -29,7 +29,7 @@ def main(request: Mapping[str, Any]) -> None:
             ends = end_ids(tokenizer, job.base, folder)
             reading = Reading.of(job, ends)
             tokens = tokenise(source, tokenizer, reading, cache(), partial(report_progress, key))
-            survey_of_rows = survey(tokens, tokenizer, reading.documents)
+            survey_of_rows = survey(tokens, tokenizer, reading)
             print_answer(key, survey=survey_of_rows.dump())
         except TokenizerError as error:
             print_answer(key, problem=str(error))

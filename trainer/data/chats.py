@@ -46,7 +46,7 @@ def messages(column: str, record: Mapping[str, Any], where: str) -> Messages:
     turns = _turns(value, form, where_chat)
     prompt = record.get("system")
     if not is_empty(prompt):
-        system = _system(prompt, turns, f"{where}, field system")
+        system = system_turn(prompt, turns, f"{where}, field system")
         turns = (system, *turns)
     roles = []
     for turn in turns:
@@ -75,7 +75,8 @@ def _turns(value: object, form: _Form, where: str) -> Messages:
     return tuple(turns)
 
 
-def _system(value: object, turns: Messages, where: str) -> Message:
+def system_turn(value: object, turns: Messages, where: str) -> Message:
+    """What a column `system` says, as the turn in front of a chat that has none. Raises RowError."""
     first = turns[0]
     if first["role"] == "system":
         reject(where, describe_value(value), "nothing beside a system turn")

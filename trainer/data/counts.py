@@ -6,6 +6,13 @@ UNUSED = "unused "  # how the kind begins under which a column that nobody reads
 
 Seen = tuple[int, int]  # how often something was seen, and the number of the first row where it was
 Noticed = dict[str, Seen]  # by kind
+# Why a pair teaches nothing, by the kind under which it is counted.
+WHY_LEFT_OUT = {
+    "identical": "have two answers that are the same",
+    "branched": "have two chats that differ before their last turn",
+    "tied": "have a list of answers that all rank alike",
+    "no_reply": "have a last turn without text",
+}
 
 
 @dataclass

@@ -71,6 +71,13 @@ class Reading:
         return 1 if self.rows == "answers" else 2
 
     @property
+    def learned_documents(self) -> int:
+        """How many of those are its own, the first ones: a judged answer's neighbour is not."""
+        if self.rows == "judged":
+            return 1
+        return self.documents
+
+    @property
     def max_tokens(self) -> int:
         """The tokens of an example that may come from its row."""
         return self.seq_len - self.virtual

@@ -13,7 +13,7 @@ from trainer.data.shapes import ANSWERS, JUDGED, PAIRS, PAIRS_WITH_MARGINS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TOKENS_FORMAT = 4
+_TOKENS_FORMAT = 5
 
 
 def key_of(source: SourceName, tokenizer: "PreTrainedTokenizerBase", reading: Reading, shard_rows: int) -> str:

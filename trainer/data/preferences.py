@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from runfolder.objective import RowsRead
 from trainer.data.cells import finite_number, is_empty, text_of
-from trainer.data.chats import Messages, turns_in
+from trainer.data.chats import Messages
 from trainer.data.files import RowError, SourceName, describe_value, reject
+from trainer.data.preference_chats import chat_of, has_turns, last_turn, refuse_beside
 from trainer.data.ranked import PairOfColumns, has_list, spread
 from trainer.data.rows import ColumnNames, Columns, Row, ShapedRecord, read_rows, row_of, shaped_records
 from trainer.data.shapes import JUDGED, PAIRS, PAIRS_WITH_MARGINS, answered_by
@@ -26,11 +27,13 @@ class Preference:
     """The two answers of a row, each as a row of its own: the chosen one first.
 
     Of an answer that was judged, the other one is a neighbour's answer to the same prompt, which is not learned.
+    `titles` say for people which answer is which.
     `margin`: by how much the chosen answer is to lead; `left_out`: why nothing is learned; `part`: which pair it is.
     """
 
     number: int
     answers: tuple[Row, ...]
+    titles: tuple[str, str] = _NAMED
     desirable: bool = True
     margin: float = 0.0
     left_out: str | None = None
@@ -55,21 +58,25 @@ def read_margins(source: SourceName, columns: Columns | None = None) -> Iterator
 
 
 def read_judged(source: SourceName, columns: Columns | None = None) -> Iterator[Preference]:
-    """Stream the judged answers of a source, each with the answer of the row before it (the first: behind it).
+    """Stream the judged answers of a source, each with the nearest answer before it to another prompt.
 
-    Raises RowError.
+    Those to the first prompt have the next one behind them. Raises RowError.
     """
     stream = map(_judged, shaped_records(source, columns, JUDGED))
-    first = next(stream)
-    second = next(stream, None)
-    if second is None:
-        raise RowError(f"{source}: found one row, allowed: two or more, as each is seen with a neighbour's answer")
-    yield _beside(first, second)
-    yield _beside(second, first)
-    before = second
+    before = None  # the newest answer to another prompt than the one of now
+    newest: list[Preference] = []  # to the prompt of now
     for judged in stream:
-        yield _beside(judged, before)
-        before = judged
+        if newest and _asked(judged) != _asked(newest[0]):
+            if before is None:
+                for early in newest:
+                    yield _beside(early, judged)
+            before = newest[-1]
+            newest.clear()
+        if before is not None:
+            yield _beside(judged, before)
+        newest.append(judged)
+    if before is None:
+        yield from _of_one_prompt(source, newest)
 
 
 PreferenceReader = Callable[[SourceName, Columns | None], Iterator[Preference]]
@@ -108,7 +115,7 @@ def _pairs_of(record: ShapedRecord) -> Iterator[Preference]:
 def _pair_of(record: ShapedRecord, names: PairOfColumns) -> Preference:
     """The pair of the answers in two columns of a record."""
     better, worse = names
-    if _has_turns(record, better):
+    if has_turns(record, better):
         return _pair_of_chats(record, names)
     if "prompt" not in record.shape.columns:
         return _pair_of_transcripts(record)
@@ -126,16 +133,6 @@ def _margin(record: ShapedRecord) -> float:
     return finite_number(margin, where)
 
 
-def _has_turns(record: ShapedRecord, column: str) -> bool:
-    """Whether a record has its prompt, or an answer in a column, as turns of a chat."""
-    fields = record.fields
-    for name in ("prompt", column):
-        value = fields.get(name)
-        if isinstance(value, list):
-            return True
-    return False
-
-
 def _pair(record: ShapedRecord, chosen: Row, rejected: Row) -> Preference:
     """A pair of texts whose prompt was given."""
     left_out = None
@@ -146,6 +143,7 @@ def _pair(record: ShapedRecord, chosen: Row, rejected: Row) -> Preference:
 
 def _pair_of_transcripts(record: ShapedRecord) -> Preference:
     """A pair of whole transcripts, each cut before its last reply."""
+    refuse_beside(record, "system", "a transcript")
     chosen = _cut_transcript(record, "chosen")
     rejected = _cut_transcript(record, "rejected")
     pair = _pair(record, chosen, rejected)
@@ -182,8 +180,8 @@ def _cut_transcript(record: ShapedRecord, column: str) -> Row:
 def _pair_of_chats(record: ShapedRecord, names: PairOfColumns) -> Preference:
     """A pair of chats that are equal up to their last turns."""
     better_column, worse_column = names
-    chosen = _chat(record, better_column)
-    rejected = _chat(record, worse_column)
+    chosen = chat_of(record, better_column)
+    rejected = chat_of(record, worse_column)
     *before_chosen, _ = chosen
     *before_rejected, _ = rejected
     left_out = None
@@ -191,65 +189,10 @@ def _pair_of_chats(record: ShapedRecord, names: PairOfColumns) -> Preference:
         left_out = "identical"
     elif before_chosen != before_rejected:
         left_out = "branched"
-    better = _last_turn(record, chosen)
-    worse = _last_turn(record, rejected)
+    better = last_turn(record, chosen)
+    worse = last_turn(record, rejected)
     answers = (better, worse)
     return Preference(record.number, answers, left_out=left_out, unused=record.unused)
-
-
-def _last_turn(record: ShapedRecord, turns: Messages) -> Row:
-    """A chat of which the last turn is learned."""
-    number = record.number
-    return Row(number, "", "", turns, only_last=True)
-
-
-def _chat(record: ShapedRecord, column: str) -> Messages:
-    """The turns of a record's prompt, and behind them those of an answer in a column; a text is one turn of it."""
-    where = f"{record.where}, field {column}"
-    turns = _turns_of(record, column, "assistant")
-    fields = record.fields
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list):
-        asked = _turns_of(record, "prompt", "user")
-        turns = (*asked, *turns)
-    elif "prompt" in record.shape.columns:
-        _require_same_question(record, turns)
-    first_turn = turns[0]
-    last_turn = turns[-1]
-    first = first_turn["role"]
-    last = last_turn["role"]
-    if first == "assistant":
-        found = describe_value(first)
-        reject(f"{where}[0].role", found, "system, user: somebody asks first")
-    if last != "assistant":
-        reject(where, f"a last turn of the role {last}", "a last turn of the assistant, as it is what is learned")
-    return turns
-
-
-def _turns_of(record: ShapedRecord, column: str, speaker: str) -> Messages:
-    """What a column holds as turns; a text is one of a speaker."""
-    where = f"{record.where}, field {column}"
-    value = record.fields.get(column)
-    if isinstance(value, str):
-        value = [{"role": speaker, "content": value}]
-    return turns_in(value, where)
-
-
-def _require_same_question(record: ShapedRecord, turns: Messages) -> None:
-    """Raise RowError where a prompt that is a text beside whole chats is not what is asked first in them."""
-    where = f"{record.where}, field prompt"
-    fields = record.fields
-    value = fields.get("prompt")
-    prompt = text_of(value, where)
-    asked = []
-    for turn in turns:
-        if turn["role"] == "user":
-            content = turn["content"]
-            asked.append(content)
-    if asked[:1] == [prompt]:
-        return
-    found = describe_value(prompt)
-    reject(where, found, "what the user asks first in the chats beside it, or a list of turns")
 
 
 # Judged answers
@@ -261,13 +204,30 @@ def _judged(record: ShapedRecord) -> Preference:
     column, *_ = record.shape.columns
     if column != "messages":
         column = "completion"
-    if column == "messages" or _has_turns(record, column):
-        turns = _chat(record, column)
-        answer = _last_turn(record, turns)
+    if column == "messages" or has_turns(record, column):
+        turns = chat_of(record, column)
+        answer = last_turn(record, turns)
     else:
         answer = row_of(record, answered_by("completion"))
     answers = (answer,)
-    return Preference(record.number, answers, desirable, unused=record.unused)
+    title = "desirable" if desirable else "undesirable"
+    titles = (title, "a neighbour's answer, for the baseline")
+    return Preference(record.number, answers, titles, desirable, unused=record.unused)
+
+
+def _asked(judged: Preference) -> tuple[str, Messages]:
+    """What is in front of a judged answer."""
+    (answer,) = judged.answers
+    return answer.prompt, answer.messages[:-1]
+
+
+def _of_one_prompt(source: SourceName, judged: list[Preference]) -> Iterator[Preference]:
+    """Judged answers that all are to one prompt, each with the answer of the row before it (the first: behind it)."""
+    if len(judged) == 1:
+        raise RowError(f"{source}: found one row, allowed: two or more, as each is seen with a neighbour's answer")
+    neighbours = [judged[1], *judged]
+    for each, neighbour in zip(judged, neighbours, strict=False):
+        yield _beside(each, neighbour)
 
 
 def _desirable(record: ShapedRecord) -> bool:

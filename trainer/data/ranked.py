@@ -73,6 +73,7 @@ def _of_entries(entries: list[Any], where: str) -> AnswersAndQualities:
     """The same of a list whose entries hold an answer and its rank or score."""
     answers = []
     qualities = []
+    by = ""
     for index, entry in enumerate(entries):
         where_entry = f"{where}, field {_LIST}[{index}]"
         kinds = list(_kinds_in(entry))
@@ -80,6 +81,10 @@ def _of_entries(entries: list[Any], where: str) -> AnswersAndQualities:
             found = describe_value(entry)
             reject(where_entry, found, _ENTRY)
         kind = kinds[0]
+        by = by or kind
+        if kind != by:
+            found = describe_value(entry)
+            reject(where_entry, found, f"a {by}, as the first of the list has")
         number = entry[kind]
         answer = entry["completion"]
         quality = _signed(kind, number, f"{where_entry}.{kind}")

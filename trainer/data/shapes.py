@@ -99,10 +99,11 @@ _LISTS = (
 )
 _NOT_OF_PAIRS = (*_UNREAD, "label", "labels")
 _MARGIN = {"margin": ""}  # no part of a prompt
+_BESIDE_CHAT = {"system": ""}  # a turn of its own
 PAIRS = RowFamily(
     (
         RowShape(("prompt", "chosen", "rejected"), companions=_BESIDE_PROMPT),
-        RowShape(("chosen", "rejected")),
+        RowShape(("chosen", "rejected"), companions=_BESIDE_CHAT),
         *_LISTS,
     ),
     _NOT_OF_PAIRS,
@@ -110,7 +111,7 @@ PAIRS = RowFamily(
 PAIRS_WITH_MARGINS = RowFamily(
     (
         RowShape(("prompt", "chosen", "rejected"), companions={**_BESIDE_PROMPT, **_MARGIN}),
-        RowShape(("chosen", "rejected"), companions=_MARGIN),
+        RowShape(("chosen", "rejected"), companions={**_BESIDE_CHAT, **_MARGIN}),
         *_LISTS,
     ),
     _NOT_OF_PAIRS,
@@ -118,7 +119,7 @@ PAIRS_WITH_MARGINS = RowFamily(
 JUDGED = RowFamily(
     (
         RowShape(("prompt", "completion", "label"), companions=_BESIDE_PROMPT),
-        RowShape(("messages", "label")),
+        RowShape(("messages", "label"), companions=_BESIDE_CHAT),
     ),
     (*_UNREAD, "chosen", "rejected", "labels"),
 )

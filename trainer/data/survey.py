@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.counts import Noticed
+from trainer.data.counts import WHY_LEFT_OUT, Noticed
 from trainer.data.files import RowError
 
 if TYPE_CHECKING:
+    from trainer.data.encode import Reading
     from trainer.data.tokens import Tokens
 
 SAMPLED = 128  # examples
@@ -75,8 +76,8 @@ def _as_tuples(plain: Mapping[str, Any]) -> Noticed:
     return pairs
 
 
-def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
-    """The survey of tokenised data, so many documents to an example: what is in it, counted."""
+def survey(tokens: "Tokens", tokenizer: Any, reading: "Reading") -> Survey:
+    """The survey of tokenised data, as they were read: what is in it, counted."""
     counts = tokens.counts
     lengths = tokens.lengths
     largest, row = tokens.largest()
@@ -89,7 +90,7 @@ def survey(tokens: "Tokens", tokenizer: Any, documents: int = 1) -> Survey:
         shortest=int(lengths.min()),
         median=int(median(lengths.tolist())),
         longest=counts.longest,
-        duplicates=tokens.duplicates(documents),
+        duplicates=tokens.duplicates(reading.documents, reading.learned_documents),
         largest_id=(largest, token, row),
         noticed=counts.of_examples(),
         unused=counts.unused(),
@@ -153,18 +154,9 @@ def _beyond(id_: int, token: str, row: int, embeddings: int) -> str:
     )
 
 
-# Why a pair teaches nothing, by the kind under which it is counted.
-_WHY_LEFT_OUT = {
-    "identical": "have two answers that are the same",
-    "branched": "have two chats that differ before their last turn",
-    "tied": "have a list of answers that all rank alike",
-    "no_reply": "have a last turn without text",
-}
-
-
 def _left_out(found: Survey) -> Iterator[str]:
     """Of how many pairs nothing can be learned, and why."""
-    for kind, reason in _WHY_LEFT_OUT.items():
+    for kind, reason in WHY_LEFT_OUT.items():
         count = found.number(kind)
         if count:
             first = found.row(kind)

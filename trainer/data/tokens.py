@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runfolder.objective import RowsRead
 from trainer.data.answers import shard_of_preferences
-from trainer.data.counts import Counts
+from trainer.data.counts import WHY_LEFT_OUT, Counts
 from trainer.data.encode import Encoder, Ids, LabelMask, Reading
 from trainer.data.files import RowError, SourceName
 from trainer.data.key import key_of
@@ -152,13 +152,13 @@ class Tokens:
         row = shard.rows[behind - 1]
         return largest, int(row)
 
-    def duplicates(self, documents: int = 1) -> int:
-        """How many are equal to an earlier one, of examples that have so many documents."""
+    def duplicates(self, documents: int = 1, compared: int = 1) -> int:
+        """How many examples of so many documents are equal to an earlier one, by the first ones of each."""
         starts = range(0, len(self), documents)
         different = set()
         for start in starts:
             hashed = hashlib.blake2b(digest_size=12)
-            for index in range(start, start + documents):
+            for index in range(start, start + compared):
                 document = self.document(index)
                 content = document.ids.tobytes()
                 hashed.update(content)
@@ -239,6 +239,12 @@ def _refuse_lost(source: SourceName, counts: Counts, reading: Reading) -> None:
     too_long = truncated + dropped
     longest = counts.longest + reading.virtual
     fix = f"raise data.seq_len (the longest has {longest}), or say data.too_long: cut | drop"
+    if not examples:
+        reasons = []
+        for kind, why in WHY_LEFT_OUT.items():
+            if count := counts.number(kind):
+                reasons.append(f"{count} {why}")
+        raise RowError(f"{source}: no pair has anything to learn: {', '.join(reasons)}")
     if empty == examples:
         raise RowError(f"{source}: no row has anything to learn: its answers have no tokens")
     if dropped + empty == examples:

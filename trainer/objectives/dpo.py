@@ -38,7 +38,7 @@ class DirectPreference(PairObjective):
         of_step = losses / totals["pairs"]
         chosen_rewards = beta * chosen_growth
         rejected_rewards = beta * rejected_growth
-        return PairLosses(of_step, chosen_rewards, rejected_rewards)
+        return PairLosses(of_step, chosen_rewards, rejected_rewards, beta)
 
 
 def pair_losses(options: DpoOptions, margin: torch.Tensor) -> torch.Tensor:

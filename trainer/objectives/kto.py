@@ -4,8 +4,8 @@ With D the growth of an answer's log-likelihood since before the first step, and
 to other prompts (not below zero; without gradient), a desirable answer costs w_d (1 - s(beta (D - z))), an
 undesirable one w_u (1 - s(beta (z - D))): the mean over the global batch.
 
-z is the mean over the whole global batch, of the answer that the row before gives to the same prompt. So the loss is
-no function of micro-batches, and the reference of those answers too is computed once.
+z is the mean over the whole global batch, of the answer that the nearest row before gives to another prompt. So the
+loss is no function of micro-batches, and the reference of those answers too is computed once.
 
 Shapes: A answers that were judged, D documents.
 """

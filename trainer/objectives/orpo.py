@@ -35,7 +35,7 @@ class OddsRatio(PairObjective):
         losses = supervised + preferring
         chosen_rewards = weight * chosen_s
         rejected_rewards = weight * rejected_s
-        return PairLosses(losses, chosen_rewards, rejected_rewards)
+        return PairLosses(losses, chosen_rewards, rejected_rewards, weight)
 
 
 def log_odds(log_p: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from trainer.data.layout import MicroBatch
 from trainer.objectives.answers import AnswerObjective
 from trainer.objectives.base import HostArrays, Shares, TensorsByName, Totals
 
-TIE = 1e-4  # rewards that differ by less are equal: a policy that has not moved yet differs by rounding
+TIE = 1e-3  # log-likelihoods that differ by less are equal: a policy that has not moved yet differs by rounding
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class AnswerLikelihoods:
 
 @dataclass(frozen=True)
 class PairLosses:
-    """Of some pairs [P]: what each adds to the loss, and the rewards of both of its answers."""
+    """Of some pairs [P]: what each adds to the loss, and the rewards of both of its answers.
+
+    `scale` is what log-likelihoods are multiplied with to be rewards.
+    """
 
     losses: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
+    scale: float = 1.0
 
 
 class OnPairs(AnswerObjective):
@@ -87,7 +91,8 @@ class PairObjective(OnPairs):
         # The document that stands in for none is in no pair, but must reach the weights all the same.
         nothing = 0 * policy_D.sum()
         loss = found.losses.sum() + nothing
-        logged = figures_of_pairs(found, chosen.labels, rejected.labels, TIE)
+        tie = TIE * found.scale
+        logged = figures_of_pairs(found, chosen.labels, rejected.labels, tie)
         metrics = mean_shares(logged, totals["pairs"])
         return Shares(loss, metrics, found.losses)
 

@@ -24,4 +24,4 @@ class SimplePreference(PairObjective):
         lead = margin - options.gamma
         losses = -logsigmoid(lead)
         of_step = losses / totals["pairs"]
-        return PairLosses(of_step, chosen_rewards, rejected_rewards)
+        return PairLosses(of_step, chosen_rewards, rejected_rewards, options.beta)

@@ -110,6 +110,36 @@ def test_judged_answers_have_a_neighbour(tmp_path: Path) -> None:
     assert [row.answers[1].messages for row in read_judged(chats)] == [(ASKED, WRONG), (ASKED, RIGHT)]
 
 
+def test_the_neighbour_of_a_judged_answer_has_another_prompt(tmp_path: Path) -> None:
+    # Pairs taken apart: the row before is the other answer to the same prompt, whose growth is no baseline.
+    asked = ("a", "a", "b", "b", "b", "c")
+    rows = [{"prompt": p, "completion": f" {i}", "label": i % 2} for i, p in enumerate(asked)]
+    found = read_judged(jsonl(tmp_path, *rows))
+    assert [row.answers[1].completion for row in found] == [" 2", " 2", " 1", " 1", " 1", " 4"]
+    one_prompt = read_judged(jsonl(tmp_path, *rows[2:5]))
+    assert [row.answers[1].completion for row in one_prompt] == [" 3", " 2", " 3"]
+
+
+SYSTEM = {"role": "system", "content": "Add."}
+
+
+@pytest.mark.parametrize(
+    ("read", "record"),
+    [
+        (read_pairs, {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}),
+        (read_pairs, CHATS | {"prompt": "1 + 1?"}),
+        (read_margins, CHATS),
+        (read_pairs, {"prompt": [ASKED], "completions": ["2", "3"], "ranks": [1, 2]}),
+        (read_judged, {"prompt": [ASKED], "completion": "2", "label": True}),
+        (read_judged, {"messages": [ASKED, RIGHT], "label": True}),
+    ],
+)
+def test_a_system_prompt_beside_turns_is_the_first_of_them(tmp_path: Path, read: Any, record: Any) -> None:
+    first, *_ = read(jsonl(tmp_path, record | {"system": "Add."}, record))
+    assert [answer.messages[:2] for answer in first.answers] == [(SYSTEM, ASKED)] * 2
+    assert first.answers[0].messages[2:] == (RIGHT,)
+
+
 ANSWERS = [" 2", " 3", " 4"]
 LIST = {"prompt": "1 + 1 =", "completions": ANSWERS}
 
@@ -198,6 +228,16 @@ MALFORMED_PAIRS: list[tuple[Any, str]] = [
         "field chosen[0].role: found 'assistant' (str), allowed: system, user: somebody asks first",
     ),
 ]
+MALFORMED_BESIDE_TURNS: list[tuple[Any, str]] = [
+    (
+        {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG], "context": "Sums."},
+        "field context: found 'Sums.' (str), allowed: nothing beside a prompt of turns",
+    ),
+    (
+        {"prompt": [SYSTEM, ASKED], "chosen": [RIGHT], "rejected": [WRONG], "system": "Add."},
+        "field system: found 'Add.' (str), allowed: nothing beside a system turn",
+    ),
+]
 MALFORMED_TRANSCRIPTS: list[tuple[Any, str]] = [
     (
         {"chosen": "The sum is 2.", "rejected": "The sun is 3."},
@@ -208,6 +248,7 @@ MALFORMED_TRANSCRIPTS: list[tuple[Any, str]] = [
         HH | {"chosen": f"{HEAD} 2\n\nHuman: why?"},
         "field chosen: found a last turn of the human, allowed: a transcript",
     ),
+    (HH | {"system": "Add."}, "field system: found 'Add.' (str), allowed: nothing beside a transcript"),
     (HH | {"chosen": 5}, "field chosen: found 5 (int), allowed: text"),
 ]
 MALFORMED_JUDGED: list[tuple[Any, str]] = [
@@ -248,11 +289,16 @@ MALFORMED_ENTRIES: list[tuple[Any, str]] = [
         ENTRIES | {"completions": [{"completion": " 2", "score": None}, {"completion": " 3", "score": 1}]},
         "field completions[0].score: found nothing, allowed: a finite number",
     ),
+    (
+        ENTRIES | {"completions": [{"completion": " 2", "rank": 1}, {"completion": " 3", "score": 2}]},
+        "field completions[1]: found {'completion': ' 3', 'score': 2} (dict), allowed: a rank, as the first of",
+    ),
 ]
 
 
 MALFORMED: list[tuple[str, Any, Any, str]] = [
     *(("dpo", TEXTS, *case) for case in MALFORMED_PAIRS),
+    *(("dpo", TEXTS, *case) for case in MALFORMED_BESIDE_TURNS),
     *(("dpo", HH, *case) for case in MALFORMED_TRANSCRIPTS),
     *(("kto", JUDGED, *case) for case in MALFORMED_JUDGED),
     *(("reward", LIST | {"ranks": [1, 2, 3]}, *case) for case in MALFORMED_LISTS),
@@ -310,8 +356,14 @@ def test_a_long_prompt_loses_its_beginning_in_both_answers_and_no_answer_is_cut(
 
 def test_duplicates_are_pairs(tmp_path: Path) -> None:
     tokens = made(tmp_path, TEXTS, TEXTS, TEXTS | {"rejected": " 4"}, TEXTS | {"rejected": " 2"})
-    assert len(tokens) == 6 and tokens.duplicates(2) == 1
+    assert len(tokens) == 6 and tokens.duplicates(2, 2) == 1
     assert tokens.counts.number("identical") == 1 and tokens.counts.noticed["identical"] == (1, 4)
+
+
+def test_where_no_pair_teaches_anything_the_reasons_are_said(tmp_path: Path) -> None:
+    identical = TEXTS | {"rejected": " 2"}
+    with pytest.raises(RowError, match="no pair has anything to learn: 2 have two answers that are the same"):
+        made(tmp_path, identical, identical)
 
 
 def test_only_the_last_turn_of_a_chat_is_learned(tmp_path: Path) -> None:
