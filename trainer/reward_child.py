@@ -2,12 +2,13 @@
 
 Each line of stdin is a JSON object with the function's arguments; the line that answers it is {"value": number}, or
 {"problem": text}. A value whose answer has a key is first kept in the journal of its step: who has asked may be gone.
-The calls are made in a process below this one: Ray kills the children of a worker that it ends, and what is under way
-then is to be kept. What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts.
-Nothing of Fleetune is imported here, so that neither hides the other's modules, and what a model wrote is an
-argument, never code.
+The journal is locked for as long as a call takes, so that who comes after waits for its value. The calls are made in
+a process below this one: Ray kills the children of a worker that it ends, and what is under way then is to be kept.
+What the function prints goes to stderr, and it finds stdin empty, as do programs that it starts. Nothing of Fleetune
+is imported here, so that neither hides the other's modules, and what a model wrote is an argument, never code.
 """
 
+import fcntl
 import importlib.util
 import json
 import math
@@ -15,7 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
@@ -62,29 +64,37 @@ def one_line(text: str) -> str:
     return shown
 
 
-class Keeper:
-    """Keeps values in journals, a line each."""
+class Journal:
+    """A file of values, a line each, that is locked while a call is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._stream = open(path, "ab")  # noqa: PTH123, SIM115 (nothing but what a call takes is imported)
         self._synced = time.monotonic()
 
-    def keep(
-        self,
-        journal: str,
-        key: str,
-        value: float,
-    ) -> None:
-        """Append a value to a journal."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, nobody else has the lock; where the file system knows no locks, it is as before."""
+        with suppress(OSError):
+            fcntl.flock(self._stream, fcntl.LOCK_EX)
+        yield
+        with suppress(OSError):
+            fcntl.flock(self._stream, fcntl.LOCK_UN)
+
+    def keep(self, key: str, value: float) -> None:
+        """Append the value of a key."""
         kept = {"key": key, "value": value}
         line = json.dumps(kept) + "\n"
-        with open(journal, "ab") as stream:  # noqa: PTH123 (nothing but what a call takes is imported)
-            stream.write(line.encode())
-            stream.flush()
-            now = time.monotonic()
-            passed = now - self._synced
-            if passed >= _SYNCED_S:
-                os.fsync(stream)
-                self._synced = now
+        self._stream.write(line.encode())
+        self._stream.flush()
+        now = time.monotonic()
+        if now - self._synced >= _SYNCED_S:
+            os.fsync(self._stream)
+            self._synced = now
+
+    def close(self) -> None:
+        """Have no more values to keep."""
+        self._stream.close()
 
 
 def main() -> None:
@@ -131,20 +141,38 @@ def answer_calls(
     answers: TextIO,
 ) -> None:
     """Answer calls, a line each; one that takes longer than so many seconds ends this process."""
-    keeper = Keeper()
+    journal: Journal | None = None
     for line in questions:
         question = json.loads(line)
         arguments = question["arguments"]
         key = question["key"]
-        signal.setitimer(signal.ITIMER_REAL, longest)
-        found = called(function, arguments)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        value = found.get("value")
-        if key and value is not None:
-            journal = question["journal"]
-            keeper.keep(journal, key, value)
+        if key is None:
+            found = timed(function, arguments, longest)
+        else:
+            journal = journal_at(question["journal"], journal)
+            with journal.locked():
+                found = timed(function, arguments, longest)
+                if "value" in found:
+                    journal.keep(key, found["value"])
         answer = json.dumps(found)
         print(answer, file=answers, flush=True)
+
+
+def journal_at(path: str, last: Journal | None) -> Journal:
+    """The journal at a path, which may be the one of the last call."""
+    if last is not None:
+        if last.path == path:
+            return last
+        last.close()
+    return Journal(path)
+
+
+def timed(function: Callable[..., Any], arguments: dict[str, Any], longest: float) -> dict[str, Any]:
+    """What comes of a call, unless it takes so many seconds."""
+    signal.setitimer(signal.ITIMER_REAL, longest)
+    found = called(function, arguments)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return found
 
 
 if __name__ == "__main__":

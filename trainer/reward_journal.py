@@ -1,12 +1,14 @@
 """What a reward's function has given in a step, kept as it comes: attempts/N/rewards/step-S.rank-R.jsonl.
 
 The function's own process writes a line when a call ends (reward_child.py), so that one under way when its worker is
-killed counts too. A later attempt reads them all, and asks the function nothing that it has answered. Once the step's
-rollout is recorded, nobody needs them.
+killed counts too. A later attempt reads them all, waits for what is under way, and asks the function nothing that it
+has answered. Once the step's rollout is recorded, nobody needs them.
 """
 
+import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from runfolder.chain import Attempt, attempts
 
 HELD_OUT = 0  # the step that answers to held-out rows are written for
 _FOLDER = "rewards"
+_LOCK_LOOK_S = 0.1  # seconds between two looks at a call that is under way
 
 
 class RewardJournal:
@@ -28,14 +31,35 @@ class RewardJournal:
         folder = attempt.folder / _FOLDER
         folder.mkdir(exist_ok=True)
         self.path = folder / f"step-{step}.rank-{rank}.jsonl"
+        self._attempt = attempt
+        self._step = step
+        self._is_settled = False
         self._known: dict[str, float] = {}
-        for path in _journals(attempt, step):
-            for key, value in _kept_values(path):
-                self._known[key] = value
+        self._read()
 
     def value(self, key: str) -> float | None:
         """What the function has given the answer of a key; None where it was not asked."""
         return self._known.get(key)
+
+    def settle(self, seconds: float) -> None:
+        """Wait for calls of earlier attempts that are under way, at most so long, and know what they have given."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        deadline = time.monotonic() + seconds
+        for path in _journals(self._attempt, self._step):
+            is_own = path.is_relative_to(self._attempt.folder)
+            if is_own:
+                continue
+            while _is_locked(path) and time.monotonic() < deadline:
+                time.sleep(_LOCK_LOOK_S)
+        self._read()
+
+    def _read(self) -> None:
+        """Know all that is kept of the step."""
+        for path in _journals(self._attempt, self._step):
+            for key, value in _kept_values(path):
+                self._known[key] = value
 
 
 def answer_key(
@@ -68,6 +92,18 @@ def _journals(attempt: Attempt, step: int) -> Iterator[Path]:
         folder = other.folder / _FOLDER
         found = folder.glob(of_any_rank)
         yield from sorted(found)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a call is under way that keeps its value in a file."""
+    with path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
 
 
 def _kept_values(path: Path) -> Iterator[tuple[str, float]]:

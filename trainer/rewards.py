@@ -10,6 +10,7 @@ from trainer.reward_function import RewardProcess
 from trainer.reward_journal import RewardJournal
 
 RewardsByName = dict[str, list[float]]  # of the same samples
+ENDS_LATER_S = 10.0  # than allowed, a call has surely ended whose worker was killed
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class FunctionReward:
             seconds,
         )
         self._is_checked = False
+        self._longest_wait = seconds + ENDS_LATER_S
 
     def judge(
         self,
@@ -100,6 +102,9 @@ class FunctionReward:
         rewards = []
         for sample in samples:
             value = journal.value(sample.key)
+            if value is None:
+                journal.settle(self._longest_wait)
+                value = journal.value(sample.key)
             if value is None:
                 arguments = arguments_of(sample, sample.written)
                 value = self._process.value(

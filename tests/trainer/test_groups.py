@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -318,6 +319,28 @@ def test_what_a_function_gave_is_known_to_the_next_attempt_until_it_is_recorded(
     assert RewardJournal(second, 4, 0).value(samples[0].key) is None  # of another step
     forget_rewards(second, 3)
     assert RewardJournal(second, 3, 0).value(samples[0].key) is None
+
+
+def test_a_call_that_is_under_way_is_waited_for_and_not_made_again(tmp_path: Path) -> None:
+    file, run_dir, calls = tmp_path / "rewards.py", tmp_path / "run", tmp_path / "calls.txt"
+    file.write_text(
+        "import time\ndef slow(prompt, completion, row):\n"
+        f"    with open({str(calls)!r}, 'a') as stream:\n        print(completion, file=stream)\n"
+        "    time.sleep(len(completion) // 4)\n    return 5.0\n"
+    )
+    first, row = claimed(run_dir), {"completion": "4"}
+    sample = RewardSample("1 + 1 =", "slow", "4", row, "key")
+    process = RewardProcess(str(file), "slow", 5.0)
+    asked = {"prompt": sample.prompt, "completion": sample.written, "row": row}
+    before = threading.Thread(target=process.value, args=(asked, RewardJournal(first, 1, 0).path, sample.key))
+    before.start()
+    while not calls.exists():
+        time.sleep(0.01)
+    later = rewards_of(GrpoOptions(reward=f"{file}:slow"))
+    assert later.judge([sample], RewardJournal(claimed(run_dir), 1, 0))[0] == [5.0]
+    before.join()
+    process.end()
+    assert calls.read_text().split() == ["slow", "4", "4"]
 
 
 def test_rewards_add_up_by_their_weights(journal: RewardJournal, tmp_path: Path) -> None:
