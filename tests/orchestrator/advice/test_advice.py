@@ -184,7 +184,7 @@ def test_a_race_ends_with_the_job_that_won(tmp_path: Path, home: Path) -> None:
     assert decision.done and decision.why is None
     result = conclude(driver, found, lambda _cluster, _runs: None)
     assert result.comparison.quality.key == "eval_test_loss"
-    assert result.comparison.verdict and f"({race.methods[1]}" in result.comparison.verdict
+    assert result.comparison.verdict and result.comparison.verdict.startswith(f"{race.methods[1]} (")
     advised = write_advised_job(driver, found, result.comparison, path)
     assert advised == tmp_path / "job-advised.yaml"
     job, _ = read_job(advised)
