@@ -19,6 +19,7 @@ _FOLLOW_TIMEOUT_S = 60.0  # for a run whose cluster says nothing, or does not ge
 _LINE_S = 10.0  # between two lines about the same state, where there is no terminal
 
 _METRIC_FORMATS = {  # of the metrics that are shown
+    "reward": "reward {:.4f}",
     "loss": "loss {:.4f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "eval_exact_match": "exact match {:.1%}",

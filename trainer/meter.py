@@ -170,8 +170,10 @@ class Meter:
         steps_left = self.steps - step.step
         seconds_left = seconds * steps_left
         left = as_clock(seconds_left)
-        words = [
-            f"step {step.step}/{self.steps}",
+        words = [f"step {step.step}/{self.steps}"]
+        if "reward" in beside:
+            words.append(f"reward {beside['reward']:.4f}")
+        words += [
             f"loss {loss:.4f}",
             f"norm {norm:.3f}",
             f"lr {step.lr:.2e}",

@@ -148,9 +148,14 @@ def calls(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_is_that_of_its_formula(name: str, group_run: Any, launch: Any) -> None:
+def test_a_step_is_that_of_its_formula(
+    name: str, group_run: Any, launch: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     run = group_run(name, OBJECTIVES[name])
     launch(1, run)
+    first = rows(run, 1)[1]
+    log = (tmp_path_factory.getbasetemp() / "workers.log").read_text()
+    assert f"step 1/{STEPS}  reward {first['reward']:.4f}  loss {first['loss']:.4f}  norm" in log
     for step in range(1, STEPS + 1):
         rollout = rollout_of(run, step)
         texts = [tuple(ids[prompt:].tolist()) for ids, prompt in documents(rollout)]
