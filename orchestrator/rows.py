@@ -1,7 +1,7 @@
 """Rows as the trainer sees them: examples as text and tokens, what is learned of them, and how they are packed."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RowOrPreference = TypeVar("RowOrPreference", Row, Preference)
 _EXAMPLES = 3  # of the first rows, unless one is asked for
 _SEQUENCES = 3  # of the first step
+_OWN_ANSWER = "a prompt with the answer of the data, which rewards see"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
         stream = read_rows(source, job.data.columns)
         chosen = _chosen_rows(stream, row_number)
         shown = _shown_examples(chosen, encoder, tokenizer, reading)
+        if job.objective.generates:
+            shown = list(map(_as_asked, shown))
     else:
         read = PREFERENCES[reading.rows]
         preferences = read(source, job.data.columns)
@@ -160,7 +163,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
         warnings.append(unknown)
     warnings += row_warnings(counts, job.data.seq_len)
     sequences: list[PackedSequence] = []
-    if source == job.data.train:  # what is evaluated on is in no step
+    if source == job.data.train and not job.objective.generates:  # what is evaluated on, or only asked, is in no step
         warnings += few_steps(job, counts.tokens)
         sequences = _first_sequences(job, tokens, reading.documents)
     return RowsView(source, counts, warnings, shown, sequences)
@@ -195,6 +198,14 @@ def _shown_examples(rows: list[Row], encoder: "Encoder", tokenizer: Any, reading
             shown_example = ShownExample(row.number, tokens, kept, fate)
             shown.append(shown_example)
     return shown
+
+
+def _as_asked(example: ShownExample) -> ShownExample:
+    """An example whose prompt is asked: rewards may look at its own answer, and nobody learns it."""
+    tokens = []
+    for token in example.tokens:
+        tokens.append(replace(token, learned=False))
+    return replace(example, tokens=tokens, answer=_OWN_ANSWER)
 
 
 def _shown_answers(

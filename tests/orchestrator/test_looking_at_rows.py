@@ -130,6 +130,15 @@ def test_plan_counts_preferences_that_are_there_twice(tmp_path: Path, objective:
 
 
 @pytest.mark.usefixtures("base", "home")
+def test_rows_shows_what_is_asked_where_answers_are_the_model_s_own(tmp_path: Path) -> None:
+    path = job(tmp_path, *[{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)])
+    view = rows(path, overrides=["objective=grpo"])
+    assert not any(token.learned for example in view.examples for token in example.tokens)
+    assert view.examples[0].answer and "which rewards see" in view.examples[0].answer
+    assert view.sequences == []
+
+
+@pytest.mark.usefixtures("base", "home")
 def test_rows_shows_how_examples_are_packed(tmp_path: Path) -> None:
     records = [{"prompt": "", "completion": "a" * length} for length in (30, 20, 10)]
     found = rows(job(tmp_path, *records))
