@@ -161,7 +161,7 @@ def _look_at(job: Job, source: str, model: Model, row_number: int | None, progre
     unknown = unknown_id(counts, model.embeddings)
     if unknown:
         warnings.append(unknown)
-    warnings += row_warnings(counts, job.data.seq_len)
+    warnings += row_warnings(counts, job)
     sequences: list[PackedSequence] = []
     if source == job.data.train and not job.objective.generates:  # what is evaluated on, or only asked, is in no step
         warnings += few_steps(job, counts.tokens)

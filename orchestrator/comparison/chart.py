@@ -128,11 +128,11 @@ def _y_axis_of(values: Values, show: FormatValue, bounds: Bounds, marked: bool) 
 
 
 def _without_outliers(values: Values) -> list[float]:
-    """The values in order, less those far above 97 in 100 of them."""
+    """The values in order, less those far above 97 in 100 of them; of few values all."""
     ordered = sorted(values)
     last = len(ordered) - 1
     low = ordered[0]
-    high = ordered[int(0.97 * last)]
+    high = ordered[math.ceil(0.97 * last)]
     limit = high + 2 * (high - low)
     return [value for value in ordered if value <= limit]
 

@@ -130,7 +130,7 @@ def _data_warnings(job: Job, model: Model, looked: Looked) -> Iterator[str]:
     for key, rows in looked.rows.items():
         if rows is None or not rows.survey:
             continue
-        texts = row_warnings(rows.survey, job.data.seq_len)
+        texts = row_warnings(rows.survey, job)
         for text in texts:
             yield f"data.{key}: {text}"
         duplicates = rows.survey.duplicates

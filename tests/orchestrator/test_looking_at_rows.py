@@ -136,6 +136,14 @@ def test_rows_shows_what_is_asked_where_answers_are_the_model_s_own(tmp_path: Pa
     assert not any(token.learned for example in view.examples for token in example.tokens)
     assert view.examples[0].answer and "which rewards see" in view.examples[0].answer
     assert view.sequences == []
+    named = job(tmp_path, *[{"prompt": f"{n} + 1 =", "completion": f" {n + 1}", "name": "x"} for n in range(20)])
+    judge = tmp_path / "rewards.py"
+    judge.write_text("def named(prompt, completion, row):\n    return 1.0\n")
+    learned = f"objective={{kind: grpo, reward: '{judge}:named'}}"
+    warned = [
+        any("'name'" in text for text in rows(named, overrides=[by]).warnings) for by in ("objective=grpo", learned)
+    ]
+    assert warned == [True, False]
 
 
 @pytest.mark.usefixtures("base", "home")

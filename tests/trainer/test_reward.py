@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from by_hand import adamw, base, clipped_step
 from campaign import METHODS
 from finished_runs import Curve, curve, difference, events, interrupted, rows
@@ -34,8 +35,9 @@ from methods.options import KINDS
 from methods.parts import quantised
 from methods.registry import create
 from runfolder.job import Job
+from runfolder.loading import loading_lines
 from runfolder.objectives import RewardOptions
-from runfolder.record import load_job
+from runfolder.record import load_job, read_record
 from trainer.data.batches import Batches
 from trainer.data.encode import Reading
 from trainer.data.examples import Examples
@@ -146,11 +148,15 @@ def loaded(run: Path) -> Any:
     """A reward model as its users load it, by transformers and PEFT alone."""
     output = run / "output"
     job = load_job(run)
-    if job.method.makes_model:
-        return AutoModelForSequenceClassification.from_pretrained(output, dtype=torch.float32).eval()
+    if not job.method.quantises:
+        submitted = {**read_record(run), "job": job.dump()}  # as `submit` has it, with all defaults
+        (run / "job.yaml").write_text(yaml.safe_dump(submitted))
+        names: dict[str, Any] = {each.__name__: each for each in (AutoConfig, AutoTokenizer, PeftModel)}
+        names["AutoModelForSequenceClassification"] = AutoModelForSequenceClassification
+        exec("\n".join(loading_lines(run)), names)  # what `status` says
+        return names["model"].float().eval()
     options: dict[str, Any] = {"config": AutoConfig.from_pretrained(output), "dtype": torch.float32}
-    if job.method.quantises:
-        options |= quantised.load_options("nf4", True, torch.float32)
+    options |= quantised.load_options("nf4", True, torch.float32)
     model = AutoModelForSequenceClassification.from_pretrained(job.base.model, **options)
     quantised.disable_cpu_repacking(model)
     return PeftModel.from_pretrained(model, output).eval()

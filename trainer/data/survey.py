@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from runfolder.job import Job
 from trainer.data.counts import WHY_LEFT_OUT, Noticed
 from trainer.data.files import RowError
 
@@ -163,9 +164,10 @@ def _left_out(found: Survey) -> Iterator[str]:
             yield f"{count} pairs (first: row {first}) {reason}: left out"
 
 
-def row_warnings(found: Survey, seq_len: int) -> Iterator[str]:
-    """What a user should know of the rows, a line each."""
-    if found.unused:
+def row_warnings(found: Survey, job: Job) -> Iterator[str]:
+    """What a user should know of a job's rows, a line each."""
+    seq_len = job.data.seq_len
+    if found.unused and job.objective.reward_file is None:  # a reward sees all columns
         columns = []
         for name, seen in found.unused.items():
             count, _ = seen

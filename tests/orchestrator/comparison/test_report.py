@@ -126,6 +126,14 @@ def test_a_line_breaks_at_nan_and_outliers_leave_the_frame() -> None:
     assert max(inside) - min(inside) > 200
 
 
+def test_a_curve_of_few_points_stays_in_the_frame() -> None:
+    lines = [Line("a", 0, ((0, 0.5), (40, 1.0))), Line("b", 1, ((0, 0.5), (40, 0.5)))]
+    drawn = chart.line_chart("accuracy", lines, "step", "{:.0%}".format, (0.0, 1.0), axis.HALF_WIDTH)
+    points = [p for e in ElementTree.fromstring(drawn).iter("polyline") for p in e.attrib["points"].split()]
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(heights) == 4 and min(heights) >= axis.TOP and max(heights) <= axis.HEIGHT - axis.BOTTOM
+
+
 @pytest.mark.parametrize("value", [0.0, 0.995, 1.0])
 def test_no_tick_stands_where_no_value_can_be(value: float) -> None:
     curve = ((1, value), (2, value))
