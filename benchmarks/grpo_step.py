@@ -112,9 +112,9 @@ def with_device() -> None:
 def grpo_steps(run_dir: Path, started: Callable[[Path], Any]) -> dict[str, Any]:
     """The figures of a run's steps; `started` gives a run under its engine, its feed and its meter."""
     from serving.engine import Engine
+    from serving.garbage import leave_to_no_collection
     from trainer import rollouts
     from trainer.group_writer import GroupWriter
-    from trainer.loop import leave_to_no_collection
     from trainer.meter import SaveRequest
     from trainer.rewards import FunctionReward
     from trainer.step import take_step

@@ -22,8 +22,7 @@ def main(lines: Iterable[str]) -> int:
     """Answer turns until there are no more; gives the exit code."""
     lines = iter(lines)
     request = json.loads(next(lines))
-    adapters = len(request["adapters"])
-    engine = ready_engine(request, lambda config: sizes_of_chat(config, adapters))
+    engine = ready_engine(request, sizes_of_chat)
     if isinstance(engine, list):
         for problem in engine:
             say(problem=problem)

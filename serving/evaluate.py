@@ -180,9 +180,8 @@ def _load_and_ask(request: RequestData, sheets: Sequence[AnswerSheet], head: Req
     """Load the base and the adapters, and ask what is missing; gives what is wrong with them instead."""
     questions = [assignment.question for assignment in missing_of(sheets)]
     total = len(questions)
-    adapters = len(request["adapters"])
     say(done=0, total=total)  # loading may take a while
-    made = ready_engine(request, lambda config: sizes_for(config, questions, adapters))
+    made = ready_engine(request, lambda config, adapters: sizes_for(config, questions, adapters))
     if isinstance(made, list):
         return made
     answer_all(made.engine, sheets, made.decode, head, lambda done: say(done=done, total=total))

@@ -28,12 +28,12 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 class Folder:
     """The config and the weights of one adapter; what is taken from it must be all there is."""
 
-    def __init__(self, path: Path, tensors: TensorsInFile, digest: str) -> None:
-        """The adapter that a folder's config describes, with these weights; raises AdapterRefused."""
+    def __init__(self, path: Path, config: bytes, tensors: TensorsInFile, digest: str) -> None:
+        """The adapter that the text of a folder's config describes, with these weights; raises AdapterRefused."""
         self.path = path
         self.config_path, self.weights_path = _find_files(path)
         self.digest = digest
-        self.config = _parse_config(self.config_path)
+        self.config = _parse_config(self.config_path, config)
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 raise AdapterRefused(f"{self.weights_path}: found values in {name} that are not finite")
@@ -43,20 +43,23 @@ class Folder:
     @classmethod
     def read(cls, path: Path, limit: int) -> "Folder":
         """Read a folder; raises AdapterRefused where it holds no adapter, a broken one, or over `limit` bytes."""
-        _, weights_path = _find_files(path)
+        config_path, weights_path = _find_files(path)
         size = weights_path.stat().st_size
         if size > limit:
             raise AdapterRefused(f"{weights_path}: found {size} bytes; allowed: at most {limit}")
         weights = weights_path.read_bytes()
-        digest = _digest_of_parts(path, weights)
+        config = config_path.read_bytes()
+        digest = _digest_of_parts(path, weights, config)
         tensors = _parse_tensors(weights_path, weights)
-        return cls(path, tensors, digest)
+        return cls(path, config, tensors, digest)
 
     @classmethod
     def renewed(cls, path: Path, tensors: TensorsInFile) -> "Folder":
         """The adapter of a folder, with tensors in memory in the place of those in its file."""
-        digest = _digest_of_tensors(path, tensors)
-        return cls(path, tensors, digest)
+        config_path, _ = _find_files(path)
+        config = config_path.read_bytes()
+        digest = _digest_of_tensors(path, tensors, config)
+        return cls(path, config, tensors, digest)
 
     @property
     def names(self) -> list[str]:
@@ -134,18 +137,19 @@ HARMLESS = frozenset(
 
 def adapter_digest(path: Path) -> str:
     """The digest that the adapter in a folder is known by; raises AdapterRefused where there is none."""
-    _, weights_path = _find_files(path)
+    config_path, weights_path = _find_files(path)
     weights = weights_path.read_bytes()
-    return _digest_of_parts(path, weights)
+    config = config_path.read_bytes()
+    return _digest_of_parts(path, weights, config)
 
 
-def _digest_of_parts(path: Path, weights: bytes) -> str:
+def _digest_of_parts(path: Path, weights: bytes, config: bytes) -> str:
     """The sha256 of an adapter's weights and config, and of the config that it wants its base to have."""
     digest = hashlib.sha256(weights)
-    return _with_configs(path, digest)
+    return _with_configs(path, digest, config)
 
 
-def _digest_of_tensors(path: Path, tensors: TensorsInFile) -> str:
+def _digest_of_tensors(path: Path, tensors: TensorsInFile, config: bytes) -> str:
     """The same of tensors in memory: of their names and their values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -153,13 +157,12 @@ def _digest_of_tensors(path: Path, tensors: TensorsInFile) -> str:
         values = tensor.flatten()
         raw = values.view(torch.uint8)
         digest.update(raw.numpy().data)
-    return _with_configs(path, digest)
+    return _with_configs(path, digest, config)
 
 
-def _with_configs(path: Path, digest: Any) -> str:
-    """A digest of weights, with the configs in their folder."""
-    config_path, _ = _find_files(path)
-    digest.update(config_path.read_bytes())
+def _with_configs(path: Path, digest: Any, config: bytes) -> str:
+    """A digest of weights, with their config and the one of the base in their folder."""
+    digest.update(config)
     base_config = path / "config.json"
     if base_config.exists():
         digest.update(base_config.read_bytes())
@@ -212,10 +215,10 @@ def _instead_of_weights(path: Path) -> str:
     return "no weights"
 
 
-def _parse_config(path: Path) -> dict[str, Any]:
-    """The config in a file; raises AdapterRefused where it is not a JSON object."""
+def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
+    """The config in a file's text; raises AdapterRefused where it is not a JSON object."""
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(text)
     except ValueError as error:
         raise AdapterRefused(f"{path}: found no JSON: {error}") from error
     if not isinstance(config, dict):

@@ -37,7 +37,7 @@ def main(request: RequestData) -> int:
     missing = [candidate for candidate in candidates if not (folder / candidate.file_name).exists()]
     answered = 0
     if missing and not problems:
-        made = ready_engine(request, lambda config: sizes_of_harness(config, len(found)))
+        made = ready_engine(request, sizes_of_harness)
         if isinstance(made, list):
             problems = made
         else:

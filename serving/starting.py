@@ -1,6 +1,5 @@
 """An engine in a process of its own, made for somebody else: with its base, its tokenizer and its adapters."""
 
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ import torch
 from serving.base import FrozenBase
 from serving.engine import Engine
 from serving.error import AdapterRefused, BaseRefused
+from serving.garbage import leave_to_no_collection
 from serving.loading import loaded, tail_ranks
 from serving.packed import Packed
 from serving.pool import packed_adapter
@@ -20,7 +20,7 @@ from serving.sizes import bytes_for
 
 SMALL_WIDTH = 512  # of a base whose layers are done before a second thread has begun
 RequestData = Mapping[str, Any]
-SizesOf = Callable[[Any], dict[str, int]]  # the sizes of an engine by the config of its base
+SizesOf = Callable[[Any, int], dict[str, int]]  # the sizes of an engine, by the config of its base and its adapters
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def ready_engine(request: RequestData, sizes_of: SizesOf) -> ReadyEngine | list[
     if not torch.cuda.is_available() and model.config.hidden_size < SMALL_WIDTH:
         torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times the work
     try:
-        sizes = sizes_of(model.config)
+        sizes = sizes_of(model.config, len(request["adapters"]))
         base = FrozenBase(model, tail_ranks(model, sizes["residents"]))
     except BaseRefused as error:
         return [f"{place}: {error}"]
@@ -55,8 +55,7 @@ def ready_engine(request: RequestData, sizes_of: SizesOf) -> ReadyEngine | list[
     if problems:
         return problems
     engine = engine_with(base, adapters, sizes)
-    gc.collect()
-    gc.freeze()  # collections look through what is made from now on, not through libraries while the device waits
+    leave_to_no_collection()
     return ReadyEngine(engine, tokenizer)
 
 

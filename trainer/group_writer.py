@@ -28,7 +28,7 @@ from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
 PROMPTS_CHUNK = 3072  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
-BETWEEN_TENSORS = 1 << 20  # bytes of the adapter's memory
+BETWEEN_TENSORS = 1 << 20  # bytes of the adapter's memory, for spaces: each tensor begins at a whole unit
 
 
 @dataclass(frozen=True)

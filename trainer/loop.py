@@ -1,11 +1,11 @@
 """The training loop of one worker."""
 
-import gc
 from pathlib import Path
 
 import torch.distributed as dist
 
 from runfolder.chain import Attempt
+from serving.garbage import leave_to_no_collection
 from trainer import speed
 from trainer.best import best_so_far, end_by_loss, is_over
 from trainer.calibration import calibrate_evaluation, calibrate_training
@@ -97,15 +97,6 @@ def take_steps(run: Run, first: int, saves: CheckpointWriter, evaluator: Evaluat
             break
     saves.wait()
     return step
-
-
-def leave_to_no_collection() -> None:
-    """Have garbage collections pass over all that is there before the steps: libraries, and what they compiled.
-
-    It stays, and to look through it takes a tenth of a second, now and then, while the device waits.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def create_meter(run: Run) -> Meter:

@@ -46,14 +46,16 @@ class RewardJournal:
         if self._is_settled:
             return
         self._is_settled = True
-        deadline = time.monotonic() + seconds
+        earlier = []
         for path in _journals(self._attempt, self._step):
-            is_own = path.is_relative_to(self._attempt.folder)
-            if is_own:
-                continue
+            if not path.is_relative_to(self._attempt.folder):
+                earlier.append(path)
+        deadline = time.monotonic() + seconds
+        for path in earlier:
             while _is_locked(path) and time.monotonic() < deadline:
                 time.sleep(_LOCK_LOOK_S)
-        self._read()
+        if earlier:
+            self._read()
 
     def _read(self) -> None:
         """Know all that is kept of the step."""

@@ -141,11 +141,11 @@ class WholeModelJudge:
 
 def judge_of(
     folder: Path,
-    base: str,
+    is_adapter: bool,
     engine: Engine,
 ) -> Reward:
-    """What scores by a reward model, beside or on the base of an engine."""
-    if shares_base(folder, base):
+    """What scores by a reward model: on the base of an engine, of which it is an adapter, or beside it."""
+    if is_adapter:
         return AdapterJudge(engine, folder)
     return WholeModelJudge(
         folder,

@@ -1,6 +1,5 @@
 """A gateway as a server: in front of one engine in this process, or of several through Ray Serve."""
 
-import gc
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 import uvicorn
 
 from serving.engine import Engine
+from serving.garbage import leave_to_no_collection
 from serving.gateway.answering import Answering
 from serving.gateway.app import create_app
 from serving.gateway.engine_thread import EngineThread
@@ -146,6 +146,5 @@ def usual_replicas() -> int:
 def run_server(service: Service, host: str, port: int) -> None:
     """Serve until a signal says to end."""
     sys.setswitchinterval(SWITCH_S)
-    gc.collect()
-    gc.freeze()  # collections look through what comes from now on
+    leave_to_no_collection()
     Server(service, host, port).run()

@@ -234,11 +234,11 @@ def test_a_small_base_takes_one_thread_and_what_is_wrong_is_said(
     adapters = [{"name": name, "folder": str(exported[name].folder)} for name in NAMES]
     request = {"base": str(tmp_path / "base"), "revision": None, "adapters": adapters}
     torch.set_num_threads(2)
-    ready = ready_engine(request, lambda config: sizes_for(config, WRITTEN, 3))
+    ready = ready_engine(request, lambda config, adapters: sizes_for(config, WRITTEN, adapters))
     assert isinstance(ready, ReadyEngine)
     assert ready.engine.pool.names == sorted(NAMES)
     assert torch.get_num_threads() == 1
     adapters[0]["folder"] = str(tmp_path)
-    assert ready_engine(request, lambda config: sizes_for(config, WRITTEN, 3)) == [
+    assert ready_engine(request, lambda config, adapters: sizes_for(config, WRITTEN, adapters)) == [
         f"{tmp_path}: found no adapter_config.json or bottleneck_config.json"
     ]

@@ -93,9 +93,10 @@ def test_one_of_another_base_or_a_whole_one_lies_beside(reward_model: Any, tiny_
     assert shares_base(adapter, str(tiny_base)) and shares_base(adapter, str(copy))
     assert not shares_base(adapter, str(other)) and not shares_base(whole, str(tiny_base))
     on_base, beside = (Engine(str(place), residents=2, tokens=2048, positions=64) for place in (copy, other))
-    own, judge = judge_of(adapter, str(copy), on_base), judge_of(adapter, str(other), beside)
+    own = judge_of(adapter, shares_base(adapter, str(copy)), on_base)
+    judge = judge_of(adapter, shares_base(adapter, str(other)), beside)
     assert isinstance(own, AdapterJudge) and isinstance(judge, WholeModelJudge)
-    assert isinstance(judge_of(whole, str(copy), on_base), WholeModelJudge)
+    assert isinstance(judge_of(whole, shares_base(whole, str(copy)), on_base), WholeModelJudge)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     samples = []
     for prompt, written in (("1 + 2 =", " 3"), ("30 + 4 + 7 =", " 41"), ("9 =", " 12345678")):

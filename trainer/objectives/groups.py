@@ -230,16 +230,16 @@ class GroupPolicy(Objective):
     def _created(self, model: nn.Module) -> GroupAnswers:
         """What writes answers beside a model in training, and has them judged."""
         job = self.setup.job
-        judge = None
-        folder = None
-        if self._options.reward_model is not None:
-            folder = Path(self._options.reward_model)
-        shared = None
-        if folder is not None and shares_base(folder, job.base.model):
-            shared = folder
-        writer = GroupWriter(model, self.method, job.data.seq_len, shared)
-        if folder is not None:
-            judge = judge_of(folder, job.base.model, writer.engine)
+        model_folder = self._options.reward_model
+        if model_folder is None:
+            writer = GroupWriter(model, self.method, job.data.seq_len)
+            judge = None
+        else:
+            folder = Path(model_folder)
+            is_adapter = shares_base(folder, job.base.model)
+            on_base = folder if is_adapter else None
+            writer = GroupWriter(model, self.method, job.data.seq_len, on_base)
+            judge = judge_of(folder, is_adapter, writer.engine)
         rewards = rewards_of(self._options, judge)
         return GroupAnswers(self.setup, self._rows, writer, rewards)
 
