@@ -229,6 +229,12 @@ class Job(Section):
         return workers // self.sharding.sequence
 
     @property
+    def is_fast_on_gpus(self) -> bool:
+        """Whether `train.kernels: auto` is fast on GPUs: but for whole models at ZeRO 3, which were not measured."""
+        shards_weights = self.sharding.zero == 3
+        return not (shards_weights and self.method.makes_model)
+
+    @property
     def lr(self) -> float:
         """The peak learning rate: the job's, or the default of method and objective."""
         if self.train.lr is not None:

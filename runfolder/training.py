@@ -43,7 +43,7 @@ class Train(Section):
     kernels: Literal["auto", "fast", "plain"] = Field(
         "auto",
         description="fast: fused losses, attention without padding, compiled layers; plain: none of these; "
-        "auto: fast on a GPU at sharding.zero 0 to 2, else plain",
+        "auto: fast on a GPU, but for a whole model at sharding.zero 3; else plain",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
@@ -78,6 +78,14 @@ class Sharding(Section):
     def offloads(self) -> bool:
         """Whether AdamW's moments are in the host's memory."""
         return self.offload == "optimizer"
+
+
+FROZEN_TO_ONE_WHOLE = 8  # weights that ZeRO 3 must share for each one that every worker has whole
+
+
+def may_be_whole(few: int, shared: int) -> bool:
+    """Whether at ZeRO 3 every worker may have so many trained weights whole, beside so many that are shared."""
+    return 0 < few * FROZEN_TO_ONE_WHOLE <= shared
 
 
 class Checkpoint(Section):

@@ -8,6 +8,7 @@ from clusters.machine import total_capacity
 from orchestrator.planning.model import Model, parameter_count
 from orchestrator.planning.preflight import has_gpus
 from runfolder.job import Job
+from runfolder.training import may_be_whole
 
 OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
 
@@ -55,7 +56,7 @@ def planned_kernels(job: Job, kind: str | None = None) -> str:
     if job.train.kernels != "auto":
         return job.train.kernels
     on_gpus = has_gpus(job, kind or total_capacity()[0])
-    return "fast" if on_gpus and job.sharding.zero != 3 else "plain"
+    return "fast" if on_gpus and job.is_fast_on_gpus else "plain"
 
 
 def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
@@ -74,7 +75,9 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero
     workers = job.resources.world_size
-    per_worker = memory(shared, held, trained, state, zero, workers, 4 if job.train.master_weights else 2)
+    are_whole = zero == 3 and _are_whole(job, model, trained, trained == added)
+    of_weight = 4 if job.train.master_weights else 2
+    per_worker = memory(shared, held, trained, state, zero, workers, of_weight, are_whole)
     if job.sharding.offloads:
         moments, _ = state
         sharing = workers if zero else 1
@@ -87,6 +90,16 @@ def host_bytes() -> int:
     """The bytes of this machine's memory."""
     pages = os.sysconf("SC_PHYS_PAGES")
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _are_whole(job: Job, model: Model, trained: int, base_is_frozen: bool) -> bool:
+    """Whether at ZeRO 3 every worker has the trained weights whole, as `trainer/zero/frozen.py` decides it."""
+    if not base_is_frozen or model.in_4_bits:
+        return False
+    if job.base.init != "pretrained":
+        return False
+    frozen = parameter_count(model.shapes)
+    return may_be_whole(trained, frozen)
 
 
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:
@@ -111,12 +124,13 @@ def memory(
     zero: int,
     world_size: int,
     of_weight: int = 4,
+    are_whole: bool = False,
 ) -> Memory:
     """Bytes per worker, from the number of trained parameters and the bytes of frozen weights and optimizer `state`.
 
     Gradients are fp32, and trained weights too, unless `of_weight` says other bytes of one at ZeRO 0. ZeRO 1 and 2
-    keep an fp32 copy of each worker's part; ZeRO 3 shares the frozen weights too, but not those `held` by every
-    worker. The second part of `state` is never shared.
+    keep an fp32 copy of each worker's part; ZeRO 3 shares the weights too, but not those `held` by every worker, nor
+    trained ones that `are_whole`. The second part of `state` is never shared.
     """
     state_shared, state_held = state
     whole = 4 * trained
@@ -132,5 +146,6 @@ def memory(
         case 2:
             return Memory(weights, part, optimizer)
     shared_part = ceil(shared / world_size)
-    weights = held + shared_part + part
+    of_trained = whole if are_whole else part
+    weights = held + shared_part + of_trained
     return Memory(weights, part, optimizer)

@@ -32,7 +32,9 @@ def whole_base(passes: Passes, config: BaseConfig) -> TriedPasses:
     trained = along(at_shallow.trained, at_deep.trained)
     frozen = along(at_shallow.frozen, at_deep.frozen)
     held = along(at_shallow.held, at_deep.held)
-    return TriedPasses(moments, trained, frozen, held, at_deep.of_layer, at_deep.of_head)
+    of_layer = at_deep.of_layer
+    of_head = at_deep.of_head
+    return TriedPasses(moments, trained, frozen, held, of_layer, of_head, at_deep.base_is_frozen)
 
 
 def depths(config: BaseConfig) -> tuple[int, int]:

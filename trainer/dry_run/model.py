@@ -53,11 +53,24 @@ def without_weights(job: Job, config: BaseConfig) -> Iterator[Job]:
         yield job.model_copy(update={"base": base})
 
 
-def attached(job: Job, config: BaseConfig, method: Method[Any], dtype: torch.dtype) -> nn.Module:
-    """The model as the trainer makes it, on no device."""
+def attached(job: Job, config: BaseConfig, method: Method[Any], dtype: torch.dtype) -> tuple[nn.Module, bool]:
+    """The model as the trainer makes it, on no device; and whether its base is frozen, all of it."""
     nowhere = torch.device("meta")
-    with without_weights(job, config) as job_of_shapes, patch("torch.randperm", _undrawn):
-        return load_model(job_of_shapes, method, dtype, nowhere)
+    of_base: list[nn.Parameter] = []
+    attach = method.attach
+
+    def noting_base(model: Any) -> nn.Module:
+        of_base.extend(model.parameters())
+        return attach(model)
+
+    with (
+        without_weights(job, config) as job_of_shapes,
+        patch("torch.randperm", _undrawn),
+        patch.object(method, "attach", noting_base),
+    ):
+        model = load_model(job_of_shapes, method, dtype, nowhere)
+    trains_base = any(parameter.requires_grad for parameter in of_base)
+    return model, not trains_base
 
 
 def _undrawn(size: int, **_options: Any) -> Tensor:

@@ -41,7 +41,7 @@ from trainer.shared_rows.attention import share_rows
 from trainer.shared_rows.group import OWN_ROWS, SequenceGroup
 from trainer.speed import count_trained
 from trainer.zero.by_layer import largest_layer
-from trainer.zero.engine import RESIDENT, Alone
+from trainer.zero.engine import Alone, is_not_resident
 from trainer.zero.linear import shard_linears
 from trainer.zero.sharded import ShardedModel
 
@@ -80,6 +80,7 @@ class TriedPasses:
     held: int = 0  # bytes in 4 bits
     of_layer: int = 0  # elements of the largest layer
     of_head: int = 0  # elements of a head that the loss computes with
+    base_is_frozen: bool = False
 
 
 class DryRun:
@@ -104,7 +105,7 @@ class DryRun:
         masters = train.master_weights
         setup = Setup(STEPS_OF_RUN, train.seed, job.data.seq_len, tokenizer, master_weights=masters)
         method = create(job.method, setup)
-        model = attached(job, plain, method, passes.dtype)
+        model, base_is_frozen = attached(job, plain, method, passes.dtype)
         held = 0
         if packed:
             held = hold_in_4_bits(model, self._passes.job, config)
@@ -120,8 +121,19 @@ class DryRun:
         trained = count_trained(model)
         weights = sum(parameter.numel() for parameter in model.parameters())
         of_layer = largest_layer(model)
-        of_head = kernels.head.elements if kernels.head else 0
-        return TriedPasses(ledger.peaks, trained, weights - trained, held, of_layer, of_head)
+        of_head = _elements_of_head(model, kernels, base_is_frozen)
+        return TriedPasses(ledger.peaks, trained, weights - trained, held, of_layer, of_head, base_is_frozen)
+
+
+def _elements_of_head(model: nn.Module, kernels: Kernels, base_is_frozen: bool) -> int:
+    """The elements of a head that is gathered by itself: for the loss, or as a module outside of frozen layers."""
+    if kernels.head:
+        return kernels.head.elements
+    head = base_under(model).get_output_embeddings()
+    if head is None or not base_is_frozen:
+        return 0
+    weight: torch.Tensor = head.weight
+    return weight.numel()
 
 
 def _take_steps(
@@ -149,7 +161,7 @@ def _take_steps(
     implementation = "fused" if kernels.fused_step else "foreach"
     adam = {implementation: True}
     if job.sharding.zero == 3:
-        shard_linears(model, RESIDENT)
+        shard_linears(model, is_not_resident)
     with stand_ins(of_rows["position_ids"]):
         sharded = ShardedModel(model, method, 0, job.lr, adam, Alone, job.sharding.offloads)
         _count_moments(sharded, ledger)

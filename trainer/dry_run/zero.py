@@ -21,7 +21,8 @@ class Weights:
 
     `held` are the bytes of those in 4 bits, which every worker has whole. `offloaded` says that moments are on the
     host, and what is on the device of them are buffers. `of_layer` are the elements of the largest layer, `of_head`
-    those of a head whose weight is gathered for the loss.
+    those of a head whose weight is gathered for the loss. `trained_are_whole` says that stage 3 shares the frozen
+    weights alone.
     """
 
     trained: int
@@ -31,6 +32,7 @@ class Weights:
     offloaded: bool = False
     of_layer: int = 0
     of_head: int = 0
+    trained_are_whole: bool = False
 
 
 def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
@@ -48,12 +50,25 @@ def shared(alone: Bytes, weights: Weights, stage: int, workers: int) -> Bytes:
         parts["gradients"] = -(-alone["gradients"] // workers)
         parts["gathers"] += bucket
     if stage == 3:
-        to_share = alone["weights"] - weights.held
-        parts["weights"] = weights.held + -(-to_share // workers)
-        parts["gradients"] += min(weights.of_layer, weights.trained) * FP32
-        if workers > 1:
-            parts["gathers"] += _gathered(weights)
+        whole = weights.held
+        if weights.trained_are_whole:
+            whole += trained
+            parts["gathers"] += _gathered_in_turn(weights, workers)
+        else:
+            parts["gradients"] += min(weights.of_layer, weights.trained) * FP32
+            if workers > 1:
+                parts["gathers"] += _gathered(weights)
+        to_share = alone["weights"] - whole
+        parts["weights"] = whole + -(-to_share // workers)
     return parts
+
+
+def _gathered_in_turn(weights: Weights, workers: int) -> int:
+    """Bytes of frozen weights that are whole at most: a layer, the next one that comes, and the head."""
+    at_once = weights.of_head
+    if workers > 1:  # else a layer's slices are the whole
+        at_once += 2 * weights.of_layer
+    return at_once * weights.element
 
 
 def _gathered(weights: Weights) -> int:

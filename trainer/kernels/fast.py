@@ -41,10 +41,10 @@ IN_ONE_ROW = {"sdpa": DOCUMENT_ATTENTION, PREFIX: PREFIX_ATTENTION}
 
 
 def is_fast(job: Job, device: torch.device) -> bool:
-    """Whether a job asks for the fast path: as it says, else on a GPU, below ZeRO 3."""
+    """Whether a job is to be on the fast path: as it says, else on a GPU where it is fast by itself."""
     wanted = job.train.kernels
     if wanted == "auto":
-        return device.type == "cuda" and job.sharding.zero != 3
+        return device.type == "cuda" and job.is_fast_on_gpus
     return wanted == "fast"
 
 

@@ -55,7 +55,7 @@ def gather_by_layer(model: nn.Module) -> int:
     largest = largest_layer(model)
     if largest:
         for layer in decoder_layers(model):
-            layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+            layer.register_forward_pre_hook(with_gradient, with_kwargs=True)
         set_z3_leaf_modules(model, [GradientCheckpointingLayer])
     return largest
 
@@ -106,7 +106,7 @@ def _first_of_each_kind(layers: nn.ModuleList) -> int:
     return count
 
 
-def _with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:
+def with_gradient(_: nn.Module, values: Positional, named: Keywords) -> tuple[Positional, Keywords]:
     """What a layer is given, its hidden states first and with a gradient.
 
     DeepSpeed reduces a layer's gradients, and releases its weights, when the gradient of its first argument is there;

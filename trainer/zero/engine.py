@@ -91,13 +91,18 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int)
     of_layer = 0
     if stage == 3:
         of_layer = gather_by_layer(model)
-        shard_linears(model, RESIDENT)
+        shard_linears(model, is_not_resident)
     configuration = config(stage, trained, of_layer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration)
     if stage == 3:
         # DeepSpeed would gather each resident parameter by itself after a step; so they come with their layers.
         engine.optimizer.persistent_parameters.clear()
     return engine
+
+
+def is_not_resident(weight: nn.Parameter) -> bool:
+    """Whether DeepSpeed's stage 3 shards a weight, as it is too large to stay whole."""
+    return shape(weight).numel() > RESIDENT
 
 
 class Alone:

@@ -64,6 +64,28 @@ def is_gathered(parameter: Any) -> bool:
     return status == "AVAILABLE"
 
 
+def slice_of(parameter: Any) -> torch.Tensor:
+    """What a rank has of a sharded parameter, 1-D; padded, so that all ranks have as much."""
+    held: torch.Tensor = parameter.ds_tensor
+    return held
+
+
+def mark_gathered(parameter: Any, whole: torch.Tensor) -> None:
+    """Let a sharded parameter be whole, with these values."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameter.data = whole
+    parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def mark_released(parameter: Any) -> None:
+    """Let a sharded parameter be no more than its slices."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameter.data = parameter.data.new_empty(0)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
 def _gathering_hooks(module: nn.Module, sharded: list[nn.Parameter]) -> list[torch.utils.hooks.RemovableHandle]:
     """Hooks by which a module gathers its own parameters before its forward pass, and releases them after it."""
     stack = ExitStack()

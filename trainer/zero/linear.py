@@ -5,14 +5,13 @@ DeepSpeed's keeps the input too, also of a frozen weight and before autocast's c
 Shapes: N all positions, I inputs, O outputs.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear
-
-from trainer.zero.gather import shape
 
 
 class ShardedLinear(nn.Linear):
@@ -24,13 +23,13 @@ class ShardedLinear(nn.Linear):
         return product
 
 
-def shard_linears(model: nn.Module, resident: int) -> None:
-    """Make the linear layers of a model, but for those with at most so many weights, ready for sharded weights."""
+def shard_linears(model: nn.Module, is_to_be_sharded: Callable[[nn.Parameter], bool]) -> None:
+    """Make the linear layers of a model whose weights are, or will be, sharded ready for that."""
     for module in model.modules():
         if type(module) is not nn.Linear:
             continue
-        whole = shape(module.weight)
-        if whole.numel() > resident:
+        weight = cast(nn.Parameter, module.weight)
+        if is_to_be_sharded(weight):
             # A class, and no attribute of the module: what looks for linear layers still finds them.
             module.__class__ = ShardedLinear
 

@@ -16,6 +16,7 @@ from torch import nn
 from methods.base import Fragment, Method, Piece
 from trainer.zero import engine, layout
 from trainer.zero.chunked import MOMENTS, ChunkedAdamW
+from trainer.zero.frozen import gather_in_turn, is_frozen_apart
 from trainer.zero.gather import gathered, shape
 from trainer.zero.layout import OwnedFragment, ParameterNames
 
@@ -46,20 +47,22 @@ class ShardedModel:
         self._shapes = {name: shape(parameter) for parameter, name in names.items()}
         trained = list(names)
         placeholder = engine.Placeholder(trained)
-        self.engine = start(model, placeholder, stage)
+        stage_of_trained = stage
+        if is_frozen_apart(model):
+            stage_of_trained = 2
+            gather_in_turn(model)
+        self.engine = start(model, placeholder, stage_of_trained)
         # A method that sums gradients itself gets each rank's own share, where DeepSpeed would sum whole ones.
         # A rank alone has nothing to average; at other stages DeepSpeed also moves gradients then.
         alone = stage == 0 and dist.get_world_size() == 1
-        averaged = not alone and (stage != 0 or not method.reduces)
-        self._averaged = averaged
-        self.engine.enable_backward_allreduce = averaged
+        self._averaged = not alone and (stage != 0 or not method.reduces)
+        self.engine.enable_backward_allreduce = self._averaged
         if offload:
-            layout.share_masters(self.engine, stage)
-        fragments = layout.fragments(self.engine, names, stage)
+            layout.share_masters(self.engine, stage_of_trained)
+        fragments = layout.fragments(self.engine, names, stage_of_trained)
         self._fragments = list(fragments)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
-        settings = adam or {}
-        self.optimizer = method.optimizer(self, lr, **settings)
+        self.optimizer = method.optimizer(self, lr, **(adam or {}))
         self.chunked: ChunkedAdamW | None = None
         if offload or not method.setup.master_weights:
             self.chunked = ChunkedAdamW(self.optimizer, self.device, offload, method.setup.seed)

@@ -124,15 +124,34 @@ def test_frozen_weights_are_bf16_on_gpus_and_fp32_elsewhere(monkeypatch: pytest.
         ({"workers_per_node": 2}, 0, "fast", "fast"),
         ({"gpus_per_node": 2}, 2, "auto", "fast"),
         ({"gpus_per_node": 2}, 2, "plain", "plain"),
-        ({"gpus_per_node": 2}, 3, "auto", "plain"),
+        ({"gpus_per_node": 2}, 3, "auto", "fast"),
     ],
 )
-def test_kernels_are_fast_on_gpus_below_zero_3(
+def test_kernels_are_fast_on_gpus(
     resources: Any, zero: int, wanted: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = job(resources=resources, sharding={"zero": zero}, train={"steps": 3, "kernels": wanted})
+    train = {"steps": 3, "kernels": wanted}
+    found = job(method={"kind": "lora"}, resources=resources, sharding={"zero": zero}, train=train)
     assert planned_kernels(found) == expected
+
+
+def test_whole_models_at_zero_3_are_plain_unless_asked() -> None:
+    common: Any = {"method": {"kind": "full"}, "resources": {"gpus_per_node": 2}, "sharding": {"zero": 3}}
+    plain, fast = (job(**common, train={"steps": 3, "kernels": wanted}) for wanted in ("auto", "fast"))
+    assert (planned_kernels(plain), planned_kernels(fast)) == ("plain", "fast")
+
+
+def test_at_zero_3_few_trained_weights_are_whole_and_many_are_shared() -> None:
+    model = Model({**SMALL, "model_type": "llama"})
+    frozen = 4 * parameter_count(model.shapes)
+    for rank, share in ((1, 1), (64, 2)):
+        found = sizes(
+            job(method={"kind": "lora", "rank": rank}, resources={"workers_per_node": 2}, sharding={"zero": 3}),
+            model,
+        )
+        assert found is not None
+        assert found.memory.weights == frozen // 2 + 4 * found.trained // share
 
 
 def a_job(tmp_path: Path, **changes: Any) -> Job:
