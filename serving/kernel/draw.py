@@ -21,11 +21,19 @@ def mixed_bits(x):
 
 @triton.jit
 def gumbel(bits):
-    """Noise from 32 bits; the inner logarithm in fp64, as it is nearly 0 for the largest bits."""
-    middle = bits.to(tl.float64) + 0.5
-    uniform = middle * 2.3283064365386963e-10
-    exponential = -tl.log(uniform)
-    return -tl.log(exponential.to(tl.float32))
+    """Noise from 32 bits.
+
+    The inner logarithm is nearly 0 for the largest bits: there it is that of 1 less the rest, in whose place stands
+    what is nearest to it in fp32, and the quotient of both rests mends that (Kahan; Goldberg 1991, theorem 4).
+    """
+    is_large = bits >= 0x80000000
+    smaller = tl.where(is_large, 0xFFFFFFFF - bits, bits)
+    share = (smaller.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    nearest = tl.where(is_large, 1.0 - share, share)
+    exponential = -tl.log(nearest)
+    rest = 1.0 - nearest
+    mended = tl.where(rest > 0, exponential * share / rest, share)
+    return -tl.log(tl.where(is_large, mended, exponential))
 
 
 @triton.jit
