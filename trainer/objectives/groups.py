@@ -32,7 +32,6 @@ from trainer.objectives.group_answers import GroupAnswers, PromptRow, RowsByNumb
 from trainer.objectives.group_loss import group_figures, label_weights, token_costs
 from trainer.objectives.group_tokens import (
     DRAWS,
-    JudgedGroup,
     WrittenTokens,
     dead_answers,
     in_documents,
@@ -107,8 +106,9 @@ class GroupPolicy(Objective):
         world_size = dist.get_world_size()
         places = range(dist.get_rank(), len(batch.chosen), world_size)
         own = self._answers.to_places(batch, places, step)
-        dealt: list[list[JudgedGroup]] = [[] for _ in range(world_size)]
-        dist.all_gather_object(dealt, own)
+        dealt = [own] * world_size
+        if world_size > 1:
+            dist.all_gather_object(dealt, own)
         groups = list(chain.from_iterable(dealt))
         groups.sort(key=attrgetter("place"))
         rollout = recorded_groups(groups, self.setup.reading.ends)
