@@ -107,9 +107,8 @@ def in_one_pass(base: Path, adapters: dict[str, Path], questions: list[Question]
     base_of_all = FrozenBase(model, tail_ranks(model, sizes["residents"]))
     packed = {name: packed_adapter(folder, base_of_all) for name, folder in adapters.items()}
     engine = engine_with(base_of_all, packed, sizes)
-    warm = [
-        Question(question.prompt[::-1], question.new_tokens) for question in questions[:WARM]
-    ]  # of no known pages
+    # Backwards, as the pages of prompts that the engine has seen are kept.
+    warm = [Question(question.prompt[::-1], question.new_tokens) for question in questions[:WARM]]
     ask(engine, [AskedTask("warm", "w", tuple(warm))], candidates, out / "warm")
     sheets, seconds = ask(engine, [AskedTask("rows", "r", tuple(questions))], candidates, out / "rows")
     answers = {}
