@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import peft
+from peft.utils import ModulesToSaveWrapper
 from torch.nn import Module
 
 from methods.base import Method, Tensors
@@ -59,6 +60,13 @@ def base_under(model: Any) -> Any:
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
+
+
+def trained_in_place_of(module: Any) -> Any:
+    """The copy of a module that PEFT trains and computes with in its place; a module without one as it is."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[ADAPTER]
+    return module
 
 
 def name_in_base(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -125,11 +126,45 @@ def test_a_model_without_its_head_gives_what_the_head_gets() -> None:
         (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=2)), False),
         (lambda: CohereForCausalLM(CohereConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)), False),
         (lambda: peft.get_peft_model(random_llama(), peft.LoraConfig(target_modules=["lm_head"])), False),
+        (lambda: with_copied_head(), True),
     ],
-    ids=["its own", "tied", "with a bias", "capped", "scaled", "adapted"],
+    ids=["its own", "tied", "with a bias", "capped", "scaled", "adapted", "trained beside"],
 )
 def test_only_a_head_that_is_the_last_and_linear_is_taken_over(model: Any, taken: bool) -> None:
     assert (fast.linear_head(model(), torch.float32, sharded=False) is not None) == taken
+
+
+def with_copied_head() -> Any:
+    """A model of PEFT that trains a copy of its head, which is not what it was."""
+    adapted = peft.get_peft_model(
+        random_llama(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        adapted.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    return adapted
+
+
+def test_a_head_with_a_trained_copy_is_the_copy_and_without_adapters_the_original() -> None:
+    model = with_copied_head()
+    linear = fast.linear_head(model, torch.float32, sharded=False)
+    assert linear
+    ids = torch.arange(12)[None]
+    copy = model.get_base_model().lm_head.modules_to_save["default"].weight
+    found = []
+    for without in (nullcontext(), model.disable_adapter()):
+        with without:
+            expected = model(input_ids=ids).logits
+            with linear.left_out():
+                hidden = model(input_ids=ids).logits
+            torch.testing.assert_close(linear.logits(hidden), expected)
+            found.append(linear.total(hidden[0, :-1], ids[0, 1:]))
+            torch.testing.assert_close(found[-1], cross_entropy(expected[0, :-1], ids[0, 1:], reduction="sum"))
+    assert found[0] != found[1]
+    (grad,) = torch.autograd.grad(found[0], [copy])
+    (true,) = torch.autograd.grad(
+        cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"), [copy]
+    )
+    torch.testing.assert_close(grad, true)
 
 
 def a_batch(lengths: list[int]) -> GlobalBatch:

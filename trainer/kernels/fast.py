@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.parts import attention
+from methods.parts.peft_adapter import trained_in_place_of
 from methods.prefix import ATTENTION as PREFIX
 from runfolder.job import Job
 from runfolder.objectives import shares_prompts
@@ -150,7 +151,7 @@ def linear_head(model: nn.Module, dtype: torch.dtype, sharded: bool) -> LinearHe
     Where weights are sharded it must be frozen: the gradient of one comes when it is not whole any more.
     """
     base = _base(model)
-    module = base.get_output_embeddings()
+    module = trained_in_place_of(base.get_output_embeddings())
     if type(module) is not nn.Linear:
         return None
     if module.bias is not None:

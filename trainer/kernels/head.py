@@ -27,7 +27,7 @@ class LinearHead:
 
     def __init__(self, base: Any, dtype: torch.dtype) -> None:
         self._base = base
-        self._module: Any = base.get_output_embeddings()  # an nn.Linear
+        self._module: Any = base.get_output_embeddings()  # an nn.Linear, or what PEFT has put around it and its copy
         self._dtype = dtype  # of the forward pass
 
     @property
