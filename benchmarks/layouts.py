@@ -132,6 +132,12 @@ def on_gpus(gpus: int, work: Callable[[Item, int], Found], items: Iterable[Item]
         yield from pool.map(on_free_gpu, items)
 
 
+def name_of_gpu(number: int) -> str:
+    """The name, for CUDA_VISIBLE_DEVICES, of one of the GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",")[number] if visible else str(number)
+
+
 def launch(place: Path, workers: int, run: Path, gpu: int | None = None) -> None:
     """Train a run in fresh processes, on one GPU alone where that is said."""
     with socket.socket() as probe:
@@ -140,7 +146,7 @@ def launch(place: Path, workers: int, run: Path, gpu: int | None = None) -> None
     common = {"WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"FLEETUNE_CACHE": str(place / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if gpu is not None:
-        common["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        common["CUDA_VISIBLE_DEVICES"] = name_of_gpu(gpu)
     path = place / f"{run.name}.log"
     with path.open("w") as log:
         processes = [

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import evaluate_many
 import llama_1b
-from layouts import commit
+from layouts import commit, name_of_gpu
 from random_base import random_base
 
 from serving.gateway.routing import Router
@@ -133,7 +133,7 @@ def answer_all(ends: list[Connection], router: Router, asked: list[Asked]) -> li
 
 def replica(number: int, requests: Connection, base: Path, adapters: dict[str, Path], rows: int) -> None:
     """Answer requests on a GPU until there is None in their place."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    os.environ["CUDA_VISIBLE_DEVICES"] = name_of_gpu(number)
     from serving.engine import Engine
     from serving.garbage import leave_to_no_collection
     from serving.sequence import Request, Sequence

@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # a package without types
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = begin is None or not string.startswith(begin)
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        return list(self.shared.encode(string, add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Turns of a chat as the base's template writes them."""

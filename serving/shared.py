@@ -31,10 +31,19 @@ class SharedEngine:
         """Work begins with `working`."""
         self.engine = engine
         self.tokenizer = tokenizer
+        self._ids: dict[tuple[str, bool], list[int]] = {}  # of texts, which all models are asked about
         self._new: list[Asked] = []
         self._under_way: list[Asked] = []
         self._changed = threading.Condition()
         self._closed = False
+
+    def encode(self, text: str, has_special: bool) -> list[int]:
+        """A text as token ids, with the tokenizer's special ones or without; found once for all who ask."""
+        key = (text, has_special)
+        if key not in self._ids:
+            ids = self.tokenizer.encode(text, add_special_tokens=has_special)
+            self._ids[key] = list(ids)
+        return self._ids[key]
 
     @contextmanager
     def working(self) -> Iterator[None]:
