@@ -1,6 +1,6 @@
 """Keys and values of all sequences, in pages of PAGE tokens. Page 0 is nobody's: rows without a sequence use it.
 
-Shapes: L layers, N places (pages x PAGE), H key-value heads, E head size, V tokens.
+Shapes: L layers, N places (pages x PAGE), H key-value heads, E head size, V tokens, P pages, X numbers of a page.
 """
 
 import torch
@@ -94,20 +94,15 @@ class Cache:
         self.key_LNHE[of_all_layers, place_V] = key_LVHE
         self.value_LNHE[of_all_layers, place_V] = value_LVHE
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy the keys and values of all layers from one page to another."""
-        sources = page_places(source)
-        targets = page_places(target)
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy the keys and values of all layers from some pages to as many others."""
+        device = self.key_LNHE.device
+        source_P = torch.tensor(sources, device=device)
+        target_P = torch.tensor(targets, device=device)
         for cached_LNHE in (self.key_LNHE, self.value_LNHE):
-            page_LNHE = cached_LNHE[:, sources]
-            cached_LNHE[:, targets] = page_LNHE
-
-
-def page_places(page: int) -> slice:
-    """The places of a page's tokens."""
-    start = page * PAGE
-    stop = start + PAGE
-    return slice(start, stop)
+            for layer_NHE in cached_LNHE:
+                page_PX = layer_NHE.view(self.pages, -1)
+                page_PX[target_P] = page_PX[source_P]
 
 
 def pages_for(tokens: int) -> int:

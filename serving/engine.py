@@ -208,6 +208,7 @@ class Engine:
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             self.scheduler.prefixes.add_computed(sequence, span.count)
+        chosen += self.scheduler.twins(chosen)
         self._begin_answers(chosen, hidden_TD)
         for sequence, _ in chosen:
             if sequence.uncomputed == 0:

@@ -12,6 +12,7 @@ from serving.cache import PAGE, Cache
 from serving.sequence import Sequence
 
 PageKey = bytes
+WholePrompt = tuple[str, str, tuple[int, ...]]  # whose it is, the digest of its adapter, and its tokens
 
 
 class Prefixes:
@@ -35,6 +36,18 @@ class Prefixes:
             sequence.joined_pages.append(page)
             sequence.computed += PAGE
 
+    def follow(self, sequence: Sequence) -> int | None:
+        """Let a sequence count as computed whose whole prompt another one has just computed.
+
+        Gives the number of the page on which the prompt ends, to be copied for it; None where it lacks more.
+        """
+        self.adopt(sequence)
+        if sequence.computed % PAGE or sequence.uncomputed > PAGE:
+            return None
+        number = sequence.computed // PAGE
+        sequence.computed = sequence.prompted
+        return number
+
     def add_computed(self, sequence: Sequence, count: int) -> None:
         """Note that so many more positions of a prompt are computed; the pages that they fill are shared."""
         first = sequence.computed // PAGE
@@ -49,6 +62,24 @@ class Prefixes:
             self.cache.share(page, key)
             sequence.own_pages.remove(page)
             sequence.joined_pages.append(page)
+
+
+def whole_prompt(sequence: Sequence) -> WholePrompt | None:
+    """What a sequence's prompt is known by, to be computed once for all that ask for an answer to it.
+
+    None where it is scored, or where virtual tokens end within a page.
+    """
+    if sequence.scored_from is not None or sequence.virtual % PAGE:
+        return None
+    request = sequence.request
+    return request.tenant, digest_of_adapter(sequence), request.prompt
+
+
+def digest_of_adapter(sequence: Sequence) -> str:
+    """The digest of a sequence's adapter; empty for the base."""
+    if sequence.packed is None:
+        return ""
+    return sequence.packed.digest
 
 
 def next_key(sequence: Sequence) -> PageKey | None:
@@ -78,9 +109,7 @@ def page_keys(sequence: Sequence) -> dict[int, PageKey]:
 def _keys(sequence: Sequence) -> Iterator[PageKey]:
     """The keys of a prompt's full pages; each is made from the one before."""
     request = sequence.request
-    digest = ""
-    if sequence.packed is not None:
-        digest = sequence.packed.digest
+    digest = digest_of_adapter(sequence)
     start = f"{digest} {request.tenant}"
     key = start.encode()
     full = len(request.prompt) // PAGE

@@ -12,7 +12,7 @@ from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
-from serving.prefixes import Prefixes, next_key
+from serving.prefixes import Prefixes, WholePrompt, next_key, whole_prompt
 from serving.sequence import Sequence
 
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
@@ -84,18 +84,18 @@ class Scheduler:
     def next_chunk(self) -> list[SequenceSpan]:
         """The sequences whose prompts are computed next, with their rows: at most a chunk of tokens.
 
-        One that begins as another one of the chunk goes on is left for later, when it finds that page computed.
+        One that begins as another one of the chunk goes on is left for later, when it finds that page computed; one
+        with the same prompt is left until that is computed.
         """
         chosen: list[SequenceSpan] = []
-        under_way: set[bytes] = set()
+        under_way: set[bytes | WholePrompt | None] = set()
         row = 0
         for sequence in self.waiting.in_turn(self.filling):
             self.prefixes.adopt(sequence)
-            key = next_key(sequence)
-            if key in under_way:
+            begun = {next_key(sequence), whole_prompt(sequence)} - {None}
+            if begun & under_way:
                 continue
-            if key is not None:
-                under_way.add(key)
+            under_way |= begun
             space = self.chunk - row
             count = min(sequence.uncomputed, space)
             if count == 0:
@@ -105,6 +105,33 @@ class Scheduler:
             chosen.append(part)
             row += count
         return chosen
+
+    def twins(self, chosen: list[SequenceSpan]) -> list[SequenceSpan]:
+        """The sequences whose prompt was computed just now for one of the chosen, each with that one's span.
+
+        They have its pages from here on, and a copy of the page on which the prompt ends.
+        """
+        complete: dict[WholePrompt, SequenceSpan] = {}
+        for part in chosen:
+            prompt = whole_prompt(part[0])
+            if prompt is not None and part[0].uncomputed == 0:
+                complete[prompt] = part
+        found: list[SequenceSpan] = []
+        sources: list[int] = []
+        targets: list[int] = []
+        for sequence in self.filling:
+            prompt = whole_prompt(sequence)
+            if prompt not in complete or sequence.uncomputed == 0:
+                continue
+            first, span = complete[prompt]
+            page = self.prefixes.follow(sequence)
+            if page is not None:
+                sources.append(first.pages[page])
+                targets.append(sequence.pages[page])
+                found.append((sequence, span))
+        if found:
+            self.cache.copy(sources, targets)
+        return found
 
     def filled(self, sequence: Sequence) -> None:
         """A prompt is computed: its answer runs."""
@@ -183,7 +210,7 @@ class Scheduler:
         if sequence.virtual % PAGE:
             # The adapter's last page is not full: this sequence goes on in a copy of its own.
             last_page = adapter_pages[-1]
-            self.cache.copy(last_page, own_pages[0])
+            self.cache.copy([last_page], own_pages[:1])
         return True
 
     def _has_adapter(self, sequence: Sequence) -> bool:

@@ -4,13 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from adapters import Exported, export, loaded
 
-from serving.cache import PAGE
+from serving.cache import PAGE, pages_for
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
 from serving.sampler import noise
@@ -230,3 +231,34 @@ def test_scores_of_an_answer_are_those_of_its_tokens_in_the_prompt(base: Path) -
         (expected,) = engine.log_likelihoods([whole], [len(PROMPT)])
         assert written.scores == pytest.approx(expected, abs=1e-4)
     assert engine.answered([Request(PROMPT, new_tokens=2)])[0].scores == []
+
+
+@pytest.mark.parametrize("length", [5, 16, 21, 48], ids=["less than a page", "a page", "a page and more", "chunks"])
+def test_several_answers_to_a_prompt_compute_it_once(length: int, base: Path, exported: dict[str, Exported]) -> None:
+    prompt = tuple((7 * i + 3) % 320 for i in range(length))
+    limits: dict[str, Any] = {"new_tokens": 6, "temperature": 1.0, "scores_answer": True}
+    asked = [
+        Request(prompt, adapter, seed=seed, **limits) for adapter in (None, "lora", "prefix") for seed in range(4)
+    ]
+
+    def engine_with_adapters() -> Engine:
+        engine = engine_of(base, chunk=32)
+        for name in ("lora", "prefix"):
+            engine.load(name, exported[name].folder)
+        return engine
+
+    alone = [engine_with_adapters().answered([request])[0] for request in asked]
+    engine = engine_with_adapters()
+    for found, expected in zip(engine.answered(asked), alone, strict=True):
+        assert found.answer == expected.answer
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+    of_prefix = pages_for(engine.pool.packed_of("prefix").adapter.virtual)
+    assert engine.cache.free_pages == engine.cache.pages - 1 - of_prefix
+    assert len({tuple(sequence.answer) for sequence in alone[:4]}) > 1
+    first_tokens = [replace(request, new_tokens=1) for request in asked[:4]]
+    assert rows_computed(engine_of(base, chunk=32), first_tokens) == length
+    of_tenants = [replace(first_tokens[0], tenant=tenant) for tenant in ("a", "b")]
+    assert rows_computed(engine_of(base, chunk=32), of_tenants) == 2 * length
+    scored = engine_of(base)
+    (first, *_), (likelihood,) = scored.answered(asked[:4]), scored.log_likelihoods([Request(prompt)], [1])
+    assert first.answer == alone[0].answer and len(likelihood) == length - 1
