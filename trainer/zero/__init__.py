@@ -5,7 +5,8 @@ The only folder that touches DeepSpeed's private names; it refuses another versi
 - `engine.py`: the version, the configuration of each stage, and the engine.
 - `layout.py`: the fragments of trained parameters that a rank owns, stage by stage.
 - `by_layer.py`: decoder layers as the units of stage 3.
-- `linear.py`: linear layers whose weights it has sharded.
+- `frozen.py`: stage 3 of a frozen base without DeepSpeed's hooks.
+- `linear.py`: linear layers whose weights stage 3 has sharded.
 - `gather.py`: weights that stage 3 has sharded, made whole for a while.
 - `chunked.py`, `lanes.py`: AdamW's step with its moments in the host's memory.
 - `sharded.py`: a model under the engine, and what happens in a step.

@@ -102,7 +102,7 @@ class Unit:
             work, slices_WS = self._coming
             self._coming = None
             work.wait()
-        _make_whole(self._places, slices_WS)
+        _join_slices(self._places, slices_WS)
 
     def release(self) -> None:
         """Keep no more of the parameters than this rank's slices."""
@@ -178,7 +178,7 @@ def _one_slice(places: Sequence[SlicePlace]) -> Tensor:
     return slice_S
 
 
-def _make_whole(places: Sequence[SlicePlace], slices: Tensor) -> None:
+def _join_slices(places: Sequence[SlicePlace], slices: Tensor) -> None:
     """Let parameters be what the slices of all ranks [W S] make."""
     workers = dist.get_world_size()
     slices_WS = slices.view(workers, -1)
