@@ -159,8 +159,9 @@ def test_a_run_goes_on_with_rows_shared_and_not(kind: str, make: Any, launch: An
 @pytest.mark.matrix
 @pytest.mark.timeout(1200)
 def test_two_groups_of_two_are_the_same(make: Any, launch: Any) -> None:
-    cells = [(kind, zero) for kind in ("lora", "full", "galore", "prefix") for zero in STAGES]
-    alone = {kind: make(kind, ALONE) for kind, _ in cells}
+    kinds = ("lora", "full", "galore", "prefix")
+    cells = [(kind, zero) for kind in kinds for zero in STAGES]
+    alone = {kind: make(kind, ALONE) for kind in kinds}
     shared = [
         (kind, make(kind, Layout(2, zero, True), "-four", resources={"workers_per_node": 4})) for kind, zero in cells
     ]
