@@ -9,9 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from methods.options import KINDS, AnyOptions
 from methods.options.full import Full
 from runfolder.objective_fit import check_base, check_method, check_sequence, check_stage
-from runfolder.objectives import AnyObjective, SftOptions
+from runfolder.objectives import AnyObjective, RewardOptions, SftOptions
 from runfolder.resources import Resources, Section, as_mapping
-from runfolder.training import Checkpoint, Evaluation, Sharding, Train
+from runfolder.training import Checkpoint, Evaluation, Sharding, Train, may_be_whole
 from runfolder.variables import Variables
 
 JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?")
@@ -233,6 +233,15 @@ class Job(Section):
         """Whether `train.kernels: auto` is fast on GPUs: but for whole models at ZeRO 3, which were not measured."""
         shards_weights = self.sharding.zero == 3
         return not (shards_weights and self.method.makes_model)
+
+    def keeps_trained_whole(self, trained: int, frozen: int) -> bool:
+        """Whether at ZeRO 3 each worker has the trained weights whole, as the base, which is frozen, is shared alone.
+
+        `trainer/zero/frozen.py` decides it: the base is shared as it is loaded, and no part of it is trained.
+        """
+        if self.base.init != "pretrained" or isinstance(self.objective, RewardOptions):
+            return False
+        return may_be_whole(trained, frozen)
 
     @property
     def lr(self) -> float:

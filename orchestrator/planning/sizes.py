@@ -8,7 +8,6 @@ from clusters.machine import total_capacity
 from orchestrator.planning.model import Model, parameter_count
 from orchestrator.planning.preflight import has_gpus
 from runfolder.job import Job
-from runfolder.training import may_be_whole
 
 OptimizerBytes = tuple[int, int]  # bytes of the optimizer's state: what ZeRO shares, and what it does not
 
@@ -75,7 +74,10 @@ def sizes(job: Job, model: Model, kind: str | None = None) -> Sizes | None:
     state = method.optimizer_bytes(linears, others)
     zero = job.sharding.zero
     workers = job.resources.world_size
-    are_whole = zero == 3 and _are_whole(job, model, trained, trained == added)
+    are_whole = False
+    if trained == added and not model.in_4_bits:
+        frozen = parameter_count(model.shapes)
+        are_whole = job.keeps_trained_whole(trained, frozen)
     of_weight = 4 if job.train.master_weights else 2
     per_worker = memory(shared, held, trained, state, zero, workers, of_weight, are_whole)
     if job.sharding.offloads:
@@ -90,16 +92,6 @@ def host_bytes() -> int:
     """The bytes of this machine's memory."""
     pages = os.sysconf("SC_PHYS_PAGES")
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _are_whole(job: Job, model: Model, trained: int, base_is_frozen: bool) -> bool:
-    """Whether at ZeRO 3 every worker has the trained weights whole, as `trainer/zero/frozen.py` decides it."""
-    if not base_is_frozen or model.in_4_bits:
-        return False
-    if job.base.init != "pretrained":
-        return False
-    frozen = parameter_count(model.shapes)
-    return may_be_whole(trained, frozen)
 
 
 def _frozen_bytes(job: Job, model: Model, kind: str | None) -> tuple[int, int]:

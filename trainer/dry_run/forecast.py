@@ -9,7 +9,6 @@ import torch
 from methods.options.base import BaseConfig
 from runfolder.job import Job
 from runfolder.objectives import OutsideOptions
-from runfolder.training import may_be_whole
 from trainer.dry_run.answers import answering
 from trainer.dry_run.kernels import sees_documents
 from trainer.dry_run.ledger import Bytes
@@ -51,7 +50,9 @@ class Forecaster:
         found = self._at_any_stage(passes, config)
         element = torch.float32.itemsize if job.method.makes_model else dtype.itemsize
         offloads = job.sharding.offloads
-        are_whole = _trained_are_whole(job, found)
+        are_whole = False
+        if found.base_is_frozen and not found.held:
+            are_whole = job.keeps_trained_whole(found.trained, found.frozen)
         sizes = (found.trained, found.frozen, element, found.held)
         weights = Weights(*sizes, offloads, found.of_layer, found.of_head, are_whole)
         stage = job.sharding.zero
@@ -104,12 +105,3 @@ class Forecaster:
             first, *_ = said.splitlines() or [""]
             return {"problem": f"{kind}: {first}"}
         return {"bytes": found}
-
-
-def _trained_are_whole(job: Job, found: TriedPasses) -> bool:
-    """Whether at stage 3 each worker has what is trained whole, as `trainer/zero/frozen.py` decides it."""
-    if not found.base_is_frozen or found.held:
-        return False
-    if job.base.init != "pretrained":
-        return False
-    return may_be_whole(found.trained, found.frozen)

@@ -369,3 +369,14 @@ def test_a_config_with_a_size_below_zero_gives_no_shapes() -> None:
     counts = {"num_hidden_layers": 2, "num_attention_heads": 4}
     with pytest.raises(InputError, match=r"gives no shapes \(TypeError: .*gate_proj.weight would have .*-48"):
         _ = Model({"model_type": "llama", **sizes, **counts}).shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, True), ({"objective": "reward"}, False), ({"base": {"model": "b", "init": "scratch"}}, False)],
+    ids=["sft", "a head that is trained", "from scratch"],
+)
+def test_trained_weights_are_whole_beside_a_base_that_is_shared_alone(changes: Any, expected: bool) -> None:
+    found = job(**{"method": {"kind": "lora"}, "sharding": {"zero": 3}, **changes})
+    assert found.keeps_trained_whole(10, 100) == expected
+    assert not found.keeps_trained_whole(20, 100)
