@@ -19,6 +19,7 @@ from typing import Any
 
 import llama_1b
 import torch
+from layouts import device
 from lm_eval_row import lm_eval_row
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_base import random_base
@@ -58,7 +59,7 @@ def main() -> None:
     same = [a == b for name in some for a, b in zip(ours[name], theirs[name], strict=True)]
     times = len(adapters) / len(some)
     result = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "device": device(),
         **{name: getattr(options, name) for name in ("adapters", "rows", "prompt", "new", "batch")},
         "seconds": round(seconds, 2),
         "peft_seconds": round(peer_seconds * times, 2),

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import evaluate_many
 import llama_1b
-from layouts import commit, name_of_gpu
+from layouts import commit, device, name_of_gpu
 from random_base import random_base
 
 from serving.gateway.routing import Router
 
 PROMPT, NEW = 128, 64
+SPAWN = multiprocessing.get_context("spawn")  # a fork would take along what a process knows of GPUs
 
 
 class Asked(NamedTuple):
@@ -59,15 +60,12 @@ def main() -> None:
 
 def in_own_process(work: Any, *arguments: Any) -> Any:
     """What a function gives in a process of its own, so that this one holds no GPU."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with SPAWN.Pool(1) as pool:
         return pool.apply(work, arguments)
 
 
 def make_inputs(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The folders of a base and of adapters, and what they are served on."""
-    from layouts import device
-
     from serving.starting import base_dtype
 
     base = options.base
@@ -79,11 +77,10 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def measured(base: Path, adapters: dict[str, Path], replicas: int, options: argparse.Namespace) -> dict[str, Any]:
     """The rate of so many replicas."""
-    context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for number in range(replicas):
-        here, there = context.Pipe()
-        process = context.Process(target=replica, args=(number, there, base, adapters, options.rows), daemon=True)
+        here, there = SPAWN.Pipe()
+        process = SPAWN.Process(target=replica, args=(number, there, base, adapters, options.rows), daemon=True)
         process.start()
         ends.append(here)
         processes.append(process)

@@ -12,7 +12,7 @@ from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
-from serving.prefixes import Prefixes, WholePrompt, next_key, whole_prompt
+from serving.prefixes import PageKey, Prefixes, WholePrompt, next_key, whole_prompt
 from serving.sequence import Sequence
 
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
@@ -88,7 +88,7 @@ class Scheduler:
         with the same prompt is left until that is computed.
         """
         chosen: list[SequenceSpan] = []
-        under_way: set[bytes | WholePrompt | None] = set()
+        under_way: set[PageKey | WholePrompt | None] = set()
         row = 0
         for sequence in self.waiting.in_turn(self.filling):
             self.prefixes.adopt(sequence)
