@@ -54,7 +54,8 @@ BATCH_TOKENS = {"full": ROWS * SEQ_LEN, "short": 4 * ROWS * SEQ_LEN, "padded": 4
 # How much farther from the plain path in fp32 than the plain path in bf16, and from it in fp32.
 AS_NEAR, EXACT = 1.5, 1e-5
 LONGEST = 300  # seconds that a variant may take
-PROCESSES = multiprocessing.get_context("fork")
+# A fork has its parent's imports; but importing bitsandbytes starts the GPU, after which no fork can use it.
+PROCESSES = multiprocessing.get_context("spawn" if find_spec("bitsandbytes") else "fork")
 
 Figures = dict[str, Any]
 
@@ -73,7 +74,6 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["full"], help="of a step of full rows")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    BATCH_TOKENS["full"] = arguments.batch_tokens
     preload()
     rows: list[Figures] = []
     checks: list[Figures] = []
@@ -95,6 +95,8 @@ def main() -> None:
 def preload() -> None:
     """Import what every variant needs, so that forks have it; nothing here may start the GPU."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if PROCESSES.get_start_method() != "fork":
+        return
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -107,6 +109,7 @@ class Inputs:
 
     def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
         self.place = place
+        self.batch_tokens = BATCH_TOKENS | {"full": arguments.batch_tokens}
         os.environ.setdefault("FLEETUNE_CACHE", str(place / "cache"))
         os.environ.setdefault("FLEETUNE_HOME", str(place / "home"))
         self.base = arguments.base or str(place / "base")
@@ -135,7 +138,7 @@ class Inputs:
             },
             "train": {
                 "steps": WARMUP + STEPS,
-                "batch_tokens": BATCH_TOKENS[data],
+                "batch_tokens": self.batch_tokens[data],
                 "micro_batch": 32 if data == "padded" else ROWS,
                 "precision": "bf16",
                 "lr": 1e-4,
@@ -359,7 +362,7 @@ def checked_steps(inputs: Inputs, method: str, kernels: str, data: str, precisio
     from trainer.meter import SaveRequest
     from trainer.step import take_step
 
-    train = {"precision": precision, "steps": CHECKED_STEPS, "batch_tokens": BATCH_TOKENS["full"]}
+    train = {"precision": precision, "steps": CHECKED_STEPS, "batch_tokens": inputs.batch_tokens["full"]}
     run_dir = inputs.run(method, kernels, data, **train)
     gradients = []
     with started(run_dir) as (run, micro_batches, meter):
@@ -395,7 +398,7 @@ def write(arguments: argparse.Namespace, rows: list[Figures], checks: list[Figur
         "device": forked(layouts.device),
         "versions": {name: found for name in names if (found := installed(name))},
         "base": arguments.base or f"Llama-3.2-1B's shape, {arguments.layers} layers, random",
-        "batch_tokens": BATCH_TOKENS,
+        "batch_tokens": BATCH_TOKENS | {"full": arguments.batch_tokens},
         "rows": rows,
         "checks": checks,
     }
