@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--check", nargs="*", default=[], choices=BATCH_TOKENS)
     parser.add_argument("--offload", action="store_true", help="Fleetune's own rows also with moments on the host")
     parser.add_argument("--without-masters", action="store_true", help="`full` also with weights in bf16 alone")
+    parser.add_argument("--micro-batches", nargs="*", type=int, default=[], help="own rows also with so many at once")
+    parser.add_argument("--checkpointing", action="store_true", help="own rows also with gradient checkpointing")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS["full"], help="of a step of full rows")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -207,6 +209,10 @@ def measured(inputs: Inputs, arguments: argparse.Namespace) -> Iterator[Figures]
 def variants(arguments: argparse.Namespace, method: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """What each of Fleetune's own rows is run with, in words and as settings of the run."""
     yield "", {}
+    for count in arguments.micro_batches:
+        yield f", micro-batch {count}", {"micro_batch": count}
+    if arguments.checkpointing:
+        yield ", checkpointed", {"gradient_checkpointing": True}
     if arguments.offload:
         yield ", moments on the host", {"offload": "optimizer"}
     if arguments.without_masters and method == "full":

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from methods.base import Method
 from methods.parts import attention
 from methods.parts.peft_adapter import trained_in_place_of
+from methods.parts.quantised import four_bit_layers
 from methods.prefix import ATTENTION as PREFIX
 from runfolder.job import Job
 from runfolder.objectives import shares_prompts
@@ -96,6 +97,10 @@ def _changed(job: Job, model: nn.Module, dtype: torch.dtype, wanted: Kernels, un
     in_one_row = False
     if lower:
         _leave_casts(model, undo)
+    if on_gpu and any(four_bit_layers(model)):
+        from trainer.kernels.four_bits import make_whole_at_once  # it imports bitsandbytes
+
+        make_whole_at_once(model, undo)
     if wanted.in_one_row and lower and on_gpu:
         in_one_row = _attends_within_documents(job, model, undo)
     if wanted.compiled:

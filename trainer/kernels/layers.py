@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from runfolder.folders import cache
 from trainer.kernels.fused_gates import fuse_gates
-from trainer.kernels.shared_products import share_products
+from trainer.kernels.shared_products import drop_copies, share_products
 from trainer.zero.by_layer import decoder_layers
 
 LayerPass = Callable[..., Any]
@@ -70,6 +70,7 @@ def compile_region(region: GraphModule, inputs: list[Any]) -> LayerPass:
     """A backend of `torch.compile`: PyTorch's own, on a graph in which what adapters do takes fewer passes."""
     from torch._inductor.compile_fx import compile_fx
 
+    drop_copies(region.graph)
     share_products(region.graph)
     fuse_gates(region.graph)
     region.recompile()

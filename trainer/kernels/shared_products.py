@@ -19,6 +19,25 @@ PADDED = torch._C._nn.pad  # what a graph calls for torch.nn.functional.pad
 INPUTS_TO_OUTPUTS = 4  # times as many inputs as outputs has a weight that costs little to copy beside its input
 
 
+def drop_copies(graph: Graph) -> None:
+    """Take away each copy of a new product that only the copy reads, in a graph of Dynamo."""
+    for node in list(graph.nodes):
+        if node.op != "call_method" or node.target != "clone" or len(node.args) > 1:
+            continue
+        product = node.args[0]
+        if _is_new(product) and len(product.users) == 1:
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
+
+
+def _is_new(node: Node) -> bool:
+    """Whether a node gives a product that has memory of its own: an operation of ours shares none with its inputs."""
+    namespace = getattr(node.target, "namespace", None)
+    if namespace == "fleetune":
+        return True
+    return node.target is linear
+
+
 def share_products(graph: Graph) -> None:
     """Join the products of each input with narrow trained weights of one dtype, in a graph of Dynamo."""
     groups: dict[Any, list[Node]] = defaultdict(list)
