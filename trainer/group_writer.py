@@ -27,7 +27,7 @@ from trainer.reward_model import bytes_of_judge
 from trainer.writing_size import ANSWERS_AT_ONCE, cached_tokens
 
 TRAINED = "trained"
-PROMPTS_CHUNK = 2048  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
+PROMPTS_CHUNK = 2560  # tokens of prompts in one pass, whose activations stand beside the trainer's memory
 BETWEEN_TENSORS = 1 << 20  # bytes of the adapter's memory, for spaces: each tensor begins at a whole unit
 
 

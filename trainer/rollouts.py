@@ -7,7 +7,7 @@ what is there, so it reports the same loss, though a generating engine need not 
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -61,9 +61,13 @@ def written(run: Run, step: int, batch: GlobalBatch, passes_of: PassesOf) -> Arr
     model.eval()
     with torch.no_grad():
         rollout = objective.rollout(model, batch, step)
-        as_batch = objective.rolled_out(batch, rollout)
-        passes = passes_of(as_batch)
-        objective.complete_rollout(model, rollout, passes)
+
+        def passes() -> Iterator[TensorsByName]:
+            """This rank's micro-batches of what was written, where they are asked for."""
+            as_batch = objective.rolled_out(batch, rollout)
+            yield from passes_of(as_batch)
+
+        objective.complete_rollout(model, rollout, passes())
     model.train()
     return rollout
 

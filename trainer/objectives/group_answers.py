@@ -188,7 +188,8 @@ class GroupAnswers:
         samples = []
         for number, answer in enumerate(answers):
             ids = until_end(answer.ids, ends)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            as_array = np.array(ids, np.int64)  # of a list, each id is looked at before it is decoded
+            text = tokenizer.decode(as_array, skip_special_tokens=True)
             key = answer_key(
                 placed.place,
                 number,
