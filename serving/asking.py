@@ -91,7 +91,7 @@ class Asking:
             self._advance()
         self._write()
         while not self.engine.scheduler.idle:  # what was ended at a text gives back its pages
-            self.engine.step()
+            self.engine.step(in_waves=True)
 
     def _begin(self, assignment: Assignment) -> None:
         """Let a question wait for its turn; one that has no room is answered at once, with nothing."""
@@ -147,7 +147,7 @@ class Asking:
         """Some steps of the engine; then see what is answered."""
         for _ in range(LOOK_EVERY):
             if not self.engine.scheduler.idle:
-                self.engine.step()
+                self.engine.step(in_waves=True)
         self._looks += 1
         reads = self._looks % READ_EVERY == 0
         still_open: list[OpenQuestion] = []

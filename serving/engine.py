@@ -148,12 +148,20 @@ class Engine:
         return outputs
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer."""
-        self.scheduler.admit()
+    def step(self, in_waves: bool = False) -> None:
+        """Admit the sequences that fit, compute a chunk of prompts, and a token of every running answer.
+
+        In waves, which is faster where nobody waits for a single answer, sequences are admitted when many fit, and
+        answers go on when all prompts that were admitted are computed.
+        """
+        if not in_waves or self.scheduler.is_wave_due:
+            self.scheduler.admit()
         if self.scheduler.stuck:
             self.scheduler.refuse_first()
         self._fill()
+        prompts_are_left = len(self.scheduler.filling) > 0
+        if in_waves and prompts_are_left:
+            return
         if self.scheduler.running:
             self._advance()
 
@@ -177,7 +185,7 @@ class Engine:
         for sequence in sequences:
             self.scheduler.add(sequence)
         while not self.scheduler.idle:
-            self.step()
+            self.step(in_waves=True)
 
     def _sequence(self, request: Request) -> Sequence:
         """A request on its way; raises UnknownAdapter or RequestRefused."""

@@ -15,6 +15,7 @@ from serving.pool import Pool, Resident
 from serving.prefixes import PageKey, Prefixes, WholePrompt, next_key, whole_prompt
 from serving.sequence import Sequence
 
+WAVE = 8  # one row in so many is free before a wave of sequences is admitted
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
 Prepare = Callable[[Resident], bool]
 SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
@@ -50,6 +51,13 @@ class Scheduler:
         if self._admitted:
             return False
         return bool(self.waiting)
+
+    @property
+    def is_wave_due(self) -> bool:
+        """Whether enough rows are free to admit many sequences at once."""
+        admitted = self._admitted
+        free = self.rows - admitted
+        return admitted == 0 or free * WAVE >= self.rows
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""

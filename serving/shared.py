@@ -112,7 +112,7 @@ class SharedEngine:
         try:
             for _ in range(STEPS):
                 if not self.engine.scheduler.idle:
-                    self.engine.step()
+                    self.engine.step(in_waves=True)
         except Exception as error:  # it belongs to the threads that wait
             for asked in self._under_way:
                 asked.error = error

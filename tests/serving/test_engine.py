@@ -262,3 +262,18 @@ def test_several_answers_to_a_prompt_compute_it_once(length: int, base: Path, ex
     scored = engine_of(base)
     (first, *_), (likelihood,) = scored.answered(asked[:4]), scored.log_likelihoods([Request(prompt)], [1])
     assert first.answer == alone[0].answer and len(likelihood) == length - 1
+
+
+def test_waves_change_no_answer_and_take_fewer_passes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [Request(PROMPT[n % 9 : 12], new_tokens=3 + 5 * n % 11) for n in range(40)]
+    passes: list[int] = []
+    engine = engine_of(base, rows=16)
+    plain = engine.forward.run
+    monkeypatch.setattr(engine.forward, "run", lambda *given: passes.append(1) or plain(*given))
+    in_waves = engine.generate(asked)
+    of_waves = len(passes)
+    sequences = [engine.add(request) for request in asked]
+    while not engine.scheduler.idle:
+        engine.step()
+    assert [sequence.answer for sequence in sequences] == in_waves
+    assert of_waves < len(passes) - of_waves
