@@ -6,12 +6,14 @@ time of an answer what another one has asked.
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 
 from serving.cache import PAGE, Cache
 from serving.sequence import Sequence
 
 PageKey = bytes
+ID_CODE = "q"  # a token id in 64 bits, as `array` takes it
 WholePrompt = tuple[str, str, tuple[int, ...]]  # whose it is, the digest of its adapter, and its tokens
 
 
@@ -107,15 +109,17 @@ def page_keys(sequence: Sequence) -> dict[int, PageKey]:
 
 
 def _keys(sequence: Sequence) -> Iterator[PageKey]:
-    """The keys of a prompt's full pages; each is made from the one before."""
+    """The keys of a prompt's full pages: each is a digest of the tokens up to that page's end, and of whose they are."""
     request = sequence.request
     digest = digest_of_adapter(sequence)
-    start = f"{digest} {request.tenant}"
-    key = start.encode()
-    full = len(request.prompt) // PAGE
+    owner = f"{digest} {request.tenant}"
+    owner_digest = hashlib.sha256(owner.encode()).digest()  # of one size: no name can pass for tokens
+    of_all = hashlib.sha256(owner_digest)
+    ids = array(ID_CODE, request.prompt)
+    size = PAGE * ids.itemsize
+    content = ids.tobytes()
+    full = len(ids) // PAGE
     for number in range(full):
-        first = number * PAGE
-        tokens = request.prompt[first : first + PAGE]
-        text = " ".join(map(str, tokens))
-        key = hashlib.sha256(key + b" " + text.encode()).digest()
-        yield key
+        first = number * size
+        of_all.update(content[first : first + size])
+        yield of_all.digest()
