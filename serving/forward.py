@@ -49,6 +49,13 @@ class Forward:
         hidden_TD = self.decoder.forward(x_TD, step)
         return hidden_TD, step.adapters
 
+    def logits(self, owner: Owner, hidden_TD: Tensor) -> Tensor:
+        """The logits [T, V] of rows that are all one adapter's, or the base's, from their outputs."""
+        rows = len(hidden_TD)
+        adapters = AdapterBatch.of([owner], [rows])
+        adapters = adapters.to(self.device)
+        return self.decoder.logits(hidden_TD, adapters)
+
     def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[tuple[int, float]]:
         """The next token of each sequence's answer and its log-probability, from its last row's outputs."""
         owners = [sequence.resident for sequence in sequences]

@@ -109,7 +109,7 @@ def page_keys(sequence: Sequence) -> dict[int, PageKey]:
 
 
 def _keys(sequence: Sequence) -> Iterator[PageKey]:
-    """The keys of a prompt's full pages: each is a digest of the tokens up to that page's end, and of whose they are."""
+    """The keys of a prompt's full pages: each is a digest of whose it is, and of all tokens up to its end."""
     request = sequence.request
     digest = digest_of_adapter(sequence)
     owner = f"{digest} {request.tenant}"

@@ -5,6 +5,7 @@ what is admitted can always be finished.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 
 from serving.cache import PAGE, Cache, pages_for
 from serving.error import RequestRefused
@@ -18,6 +19,7 @@ from serving.sequence import Sequence
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
 Prepare = Callable[[Resident], bool]
 SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
+TokenScore = tuple[int, float]  # a token, and its log-probability
 
 
 class Scheduler:
@@ -44,18 +46,20 @@ class Scheduler:
         waiting_or_admitted = self.waiting or self.filling or self.running
         return not waiting_or_admitted
 
-    @property
-    def stuck(self) -> bool:
-        """Whether the first that waits does not fit though nothing else is admitted."""
-        if self._admitted:
-            return False
-        return bool(self.waiting)
-
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         self.waiting.append(sequence)
 
     def admit(self) -> None:
+        """Start the sequences that wait, in turn, up to the first that does not fit.
+
+        Raises RequestRefused where nothing else is admitted beside which it would fit later.
+        """
+        self._start_waiting()
+        if self.waiting and not self._admitted:
+            self._refuse_first()
+
+    def _start_waiting(self) -> None:
         """Start the sequences that wait, in turn, up to the first that does not fit."""
         while self.waiting and self._admitted < self.rows:
             sequence = self.waiting.first()
@@ -106,6 +110,20 @@ class Scheduler:
             row += count
         return chosen
 
+    def whole_prompts(self) -> list[SequenceSpan]:
+        """The sequences that were admitted first, with rows for all of their prompts: a chunk, or only the first."""
+        chosen: list[SequenceSpan] = []
+        row = 0
+        for sequence in self.filling:
+            count = sequence.uncomputed
+            if chosen and row + count > self.chunk:
+                break
+            span = Span(row, count, sequence.computed, sequence.pages)
+            part = (sequence, span)
+            chosen.append(part)
+            row += count
+        return chosen
+
     def twins(self, chosen: list[SequenceSpan]) -> list[SequenceSpan]:
         """The sequences whose prompt was computed just now for one of the chosen, each with that one's span.
 
@@ -138,10 +156,12 @@ class Scheduler:
         self.filling.remove(sequence)
         self.running.append(sequence)
 
-    def take(self, sequence: Sequence, token: int, score: float) -> None:
-        """One more token of a sequence's answer, which its tenant has got, and its log-probability."""
-        sequence.take(token, score)
-        self.waiting.charge_token(sequence)
+    def take(self, sequences: Several[Sequence], tokens: list[TokenScore]) -> None:
+        """One more token of each answer that is not complete, which its tenant has got then."""
+        for sequence, (token, score) in zip(sequences, tokens, strict=True):
+            if not sequence.finished:
+                sequence.take(token, score)
+                self.waiting.charge_token(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
@@ -169,7 +189,7 @@ class Scheduler:
         """Let a sequence that waits go unanswered."""
         self.waiting.remove(sequence)
 
-    def refuse_first(self) -> None:
+    def _refuse_first(self) -> None:
         """Give up the first that waits, which does not fit though nothing else runs. Raises RequestRefused."""
         sequence = self.waiting.first()
         self.drop(sequence)

@@ -114,7 +114,7 @@ def test_patterns_of_ranks_and_scales_are_those_of_peft(base: Path, tmp_path: Pa
     engine.load("patterns", tmp_path / "patterns")
     with torch.no_grad():
         expected = tuned(input_ids=torch.tensor([PROMPT])).logits[0]
-    found = engine.logits(Request(PROMPT, "patterns"))
+    (found,) = engine.logits([Request(PROMPT, "patterns")])
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
@@ -160,7 +160,8 @@ def test_log_likelihoods_are_those_of_the_logits(base: Path, exported: dict[str,
     engine = engine_of(base, chunk=8)
     engine.load("lora", exported["lora"].folder)
     for name in (None, "lora"):
-        log_TV = engine.logits(Request(PROMPT, name)).log_softmax(-1)
+        (logits_TV,) = engine.logits([Request(PROMPT, name)])
+        log_TV = logits_TV.log_softmax(-1)
         expected = [float(log_TV[at - 1, PROMPT[at]]) for at in range(20, 30)]
         (found,) = engine.log_likelihoods([Request(PROMPT, name)], [20])
         assert found == pytest.approx(expected, abs=1e-4)
