@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from adapters import Exported, export, loaded
 from serving.cache import PAGE, pages_for
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
+from serving.prefixes import page_keys
 from serving.sampler import noise
-from serving.sequence import Request
+from serving.sequence import Request, Sequence
 
 PROMPT = tuple((5 * i + 7) % 320 for i in range(30))
 
@@ -206,6 +208,15 @@ def test_equal_beginnings_are_computed_once_for_each_adapter_and_tenant(
     engine.load("lora", export(base, "lora", exported["lora"].folder.parent / "anew", seed=5).folder)
     assert rows_computed(engine, begun[:1]) == len(prompt) + 1
     assert engine.cache.free_pages == engine.cache.pages - 1
+
+
+def test_no_name_of_a_tenant_passes_for_tokens() -> None:
+    first, rest = tuple(range(PAGE)), PROMPT[:PAGE]
+    keys = []
+    for tenant, prompt in (("", first + rest), (array("q", first).tobytes().decode(), rest)):
+        sequence = Sequence(Request(prompt, tenant=tenant), None)
+        keys.append(set(page_keys(sequence).values()))
+    assert [len(of_prompt) for of_prompt in keys] == [2, 1] and keys[0].isdisjoint(keys[1])
 
 
 def test_shared_beginnings_change_no_answer_and_give_way_where_pages_are_few(base: Path) -> None:
