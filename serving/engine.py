@@ -18,6 +18,7 @@ from torch import Tensor
 from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
 from serving.forward import Chosen, Forward
+from serving.integers import integers, tensor_of
 from serving.limits import Limits, check_start
 from serving.loading import loaded, tail_ranks
 from serving.packed import Packed
@@ -198,10 +199,11 @@ class Engine:
 
     def _computed(self, chosen: Chosen) -> Tensor:
         """The normed outputs [T, D] of some rows of prompts."""
-        ids: list[int] = []
+        ids = integers()
         for sequence, span in chosen:
-            ids += sequence.prompt_tokens(span.start, span.count)
-        id_T = torch.tensor(ids)
+            tokens = sequence.prompt_tokens(span.start, span.count)
+            ids.extend(tokens)
+        id_T = tensor_of(ids)
         hidden_TD, _ = self.forward.run(chosen, id_T)
         return hidden_TD
 

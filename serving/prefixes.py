@@ -6,14 +6,13 @@ time of an answer what another one has asked.
 """
 
 import hashlib
-from array import array
 from collections.abc import Iterator
 
 from serving.cache import PAGE, Cache
+from serving.integers import integers
 from serving.sequence import Sequence
 
 PageKey = bytes
-ID_CODE = "q"  # a token id in 64 bits, as `array` takes it
 WholePrompt = tuple[str, str, tuple[int, ...]]  # whose it is, the digest of its adapter, and its tokens
 
 
@@ -115,7 +114,7 @@ def _keys(sequence: Sequence) -> Iterator[PageKey]:
     owner = f"{digest} {request.tenant}"
     owner_digest = hashlib.sha256(owner.encode()).digest()  # of one size: no name can pass for tokens
     of_all = hashlib.sha256(owner_digest)
-    ids = array(ID_CODE, request.prompt)
+    ids = integers(request.prompt)
     size = PAGE * ids.itemsize
     content = ids.tobytes()
     full = len(ids) // PAGE

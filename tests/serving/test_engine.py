@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from adapters import Exported, export, loaded
 from serving.cache import PAGE, pages_for
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
+from serving.integers import integers
 from serving.prefixes import page_keys
 from serving.sampler import noise
 from serving.sequence import Request, Sequence
@@ -213,7 +213,7 @@ def test_equal_beginnings_are_computed_once_for_each_adapter_and_tenant(
 def test_no_name_of_a_tenant_passes_for_tokens() -> None:
     first, rest = tuple(range(PAGE)), PROMPT[:PAGE]
     keys = []
-    for tenant, prompt in (("", first + rest), (array("q", first).tobytes().decode(), rest)):
+    for tenant, prompt in (("", first + rest), (integers(first).tobytes().decode(), rest)):
         sequence = Sequence(Request(prompt, tenant=tenant), None)
         keys.append(set(page_keys(sequence).values()))
     assert [len(of_prompt) for of_prompt in keys] == [2, 1] and keys[0].isdisjoint(keys[1])
