@@ -134,6 +134,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
             assert answer.log_likelihoods == pytest.approx(other.file.answers[key].log_likelihoods, abs=1e-4)
 
 
+def test_answers_that_cannot_be_written_end_the_evaluation(
+    engine: Engine, exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    sheets = sheets_of(tmp_path, TASKS, candidates(exported, "lora"))
+    sheets[-1].file.begin({"base": "x"})
+    sheets[-1].file.path.unlink()
+    sheets[-1].file.path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        ask(engine, sheets)
+    assert all(len(AnswersFile(sheet.file.path).answers) == len(sheet.task.questions) for sheet in sheets[:-1])
+
+
 def test_what_has_no_room_is_answered_with_nothing(
     engine: Engine, exported: dict[str, Exported], tmp_path: Path
 ) -> None:
