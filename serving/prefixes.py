@@ -22,12 +22,15 @@ class Prefixes:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
 
-    def adopt(self, sequence: Sequence) -> None:
-        """Take pages that others have computed in the place of a sequence's next ones, as far as there are any."""
+    def adopt(self, sequence: Sequence) -> PageKey | None:
+        """Take pages that others have computed in the place of a sequence's next ones, as far as there are any.
+
+        Gives the key of the page behind them, which nobody has computed; None where it has no key.
+        """
         while (key := next_key(sequence)) is not None:
             page = self.cache.shared(key)
             if page is None:
-                return
+                return key
             number = sequence.computed // PAGE
             own = sequence.pages[number]
             sequence.own_pages.remove(own)
@@ -36,6 +39,7 @@ class Prefixes:
             sequence.pages[number] = page
             sequence.joined_pages.append(page)
             sequence.computed += PAGE
+        return None
 
     def follow(self, sequence: Sequence) -> int | None:
         """Let a sequence count as computed whose whole prompt another one has just computed.

@@ -13,7 +13,7 @@ from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
-from serving.prefixes import PageKey, Prefixes, WholePrompt, next_key, whole_prompt
+from serving.prefixes import PageKey, Prefixes, WholePrompt, whole_prompt
 from serving.sequence import Sequence
 
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
@@ -95,8 +95,8 @@ class Scheduler:
         under_way: set[PageKey | WholePrompt | None] = set()
         row = 0
         for sequence in self.waiting.in_turn(self.filling):
-            self.prefixes.adopt(sequence)
-            begun = {next_key(sequence), whole_prompt(sequence)} - {None}
+            key = self.prefixes.adopt(sequence)
+            begun = {key, whole_prompt(sequence)} - {None}
             if begun & under_way:
                 continue
             under_way |= begun
@@ -158,10 +158,12 @@ class Scheduler:
 
     def take(self, sequences: Several[Sequence], tokens: list[TokenScore]) -> None:
         """One more token of each answer that is not complete, which its tenant has got then."""
+        taking: list[Sequence] = []
         for sequence, (token, score) in zip(sequences, tokens, strict=True):
             if not sequence.finished:
                 sequence.take(token, score)
-                self.waiting.charge_token(sequence)
+                taking.append(sequence)
+        self.waiting.charge_tokens(taking)
 
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
