@@ -18,7 +18,6 @@ from torch import Tensor
 from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
 from serving.forward import Chosen, Forward
-from serving.integers import integers, tensor_of
 from serving.limits import Limits, check_start
 from serving.loading import loaded, tail_ranks
 from serving.packed import Packed
@@ -167,7 +166,7 @@ class Engine:
         while not self.scheduler.idle:
             self.scheduler.admit()
             chosen = self.scheduler.whole_prompts()
-            hidden_TD = self._computed(chosen)
+            hidden_TD = self.forward.run_prompts(chosen)
             owners = [sequence.resident for sequence, _ in chosen]
             for sequence, _ in chosen:
                 self.cancel(sequence)
@@ -197,22 +196,12 @@ class Engine:
         sequence.scored_from = start
         return sequence
 
-    def _computed(self, chosen: Chosen) -> Tensor:
-        """The normed outputs [T, D] of some rows of prompts."""
-        ids = integers()
-        for sequence, span in chosen:
-            tokens = sequence.prompt_tokens(span.start, span.count)
-            ids.extend(tokens)
-        id_T = tensor_of(ids)
-        hidden_TD, _ = self.forward.run(chosen, id_T)
-        return hidden_TD
-
     def _fill(self) -> None:
         """Compute the next chunk of prompts, and the first token of each answer whose prompt is complete."""
         chosen = self.scheduler.next_chunk()
         if not chosen:
             return
-        hidden_TD = self._computed(chosen)
+        hidden_TD = self.forward.run_prompts(chosen)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             self.scheduler.prefixes.add_computed(sequence, span.count)
@@ -280,7 +269,7 @@ class Engine:
             span = Span(row, 1, sequence.computed, sequence.pages)
             chosen.append((sequence, span))
         id_T = torch.tensor(last_tokens)
-        hidden_TD, _ = self.forward.run(chosen, id_T)
+        hidden_TD = self.forward.run(chosen, id_T)
         for sequence in running:
             sequence.computed += 1
         self._take(running, hidden_TD)
