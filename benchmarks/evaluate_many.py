@@ -11,6 +11,7 @@ seconds of all are that many times more. Beside the times stands how many answer
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -29,6 +30,7 @@ from serving.base import FrozenBase
 from serving.engine import Engine
 from serving.evaluate import Candidate, answer_all, sheets_of
 from serving.folder import adapter_digest
+from serving.garbage import leave_to_no_collection
 from serving.loading import loaded, tail_ranks
 from serving.pool import packed_adapter
 from serving.question import AskedTask, Question
@@ -108,6 +110,7 @@ def in_one_pass(base: Path, adapters: dict[str, Path], questions: list[Question]
     base_of_all = FrozenBase(model, tail_ranks(model, sizes["residents"]))
     packed = {name: packed_adapter(folder, base_of_all) for name, folder in adapters.items()}
     engine = engine_with(base_of_all, packed, sizes)
+    leave_to_no_collection()  # as `ready_engine` does for an evaluation
     # Backwards, as the pages of prompts that the engine has seen are kept.
     warm = [Question(question.prompt[::-1], question.new_tokens) for question in questions[:WARM]]
     ask(engine, [AskedTask("warm", "w", tuple(warm))], candidates, out / "warm")
@@ -116,6 +119,7 @@ def in_one_pass(base: Path, adapters: dict[str, Path], questions: list[Question]
     for sheet in sheets:
         kept = sheet.file.answers
         answers[str(sheet.candidate.name)] = [str(kept[question.key].text) for question in questions]
+    gc.unfreeze()  # the engine makes room for the peer
     return answers, seconds
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from serving.sequence import Request, Sequence
 LOOK_EVERY = 8  # steps of the engine, after which it is looked what is answered
 READ_EVERY = 4  # such looks, after which it is read what is written so far
 WRITE_EVERY_S = 2.0  # seconds that an answer waits to be written, at most
+WRITERS = 16  # files that are written at once: a disk is done with several as soon as with one
 Decode = Callable[[list[int]], str]  # token ids as text
 AnswersProgress = Callable[[int], None]  # how many questions are answered
 
@@ -176,8 +178,9 @@ class Asking:
         for file, answer in self._unwritten:
             answers = by_file.setdefault(file, [])
             answers.append(answer)
-        for file, answers in by_file.items():
-            file.add(answers)
+        with ThreadPoolExecutor(WRITERS) as writers:
+            written = writers.map(AnswersFile.add, by_file, by_file.values())
+            list(written)  # raises what went wrong
         self._unwritten = []
         self._written_at = time.monotonic()
         self.progress(self.answered)

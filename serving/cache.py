@@ -3,6 +3,8 @@
 Shapes: L layers, N places (pages x PAGE), H key-value heads, E head size, V tokens, P pages, X numbers of a page.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class Cache:
         self._shared: dict[bytes, int] = {}  # pages by the key of what they hold
         self._key_of: dict[int, bytes] = {}
         self._users: dict[int, int] = {}  # how many sequences have a shared page
-        self._unused: dict[int, None] = {}  # shared pages that none has, from the one that was left first
+        self._unused: OrderedDict[int, None] = OrderedDict()  # shared pages that none has, left first comes first
 
     @property
     def free_pages(self) -> int:
@@ -40,12 +42,11 @@ class Cache:
         """So many pages, or None where fewer are free; shared ones that no sequence has are given up last."""
         if count > self.free_pages:
             return None
-        reserved: list[int] = []
-        for _ in range(count):
-            if not self._free:
-                self._give_up_oldest()
-            page = self._free.pop()
-            reserved.append(page)
+        while len(self._free) < count:
+            self._give_up_oldest()
+        kept = len(self._free) - count
+        reserved = self._free[kept:]
+        del self._free[kept:]
         return reserved
 
     def free(self, pages: list[int]) -> None:
@@ -76,8 +77,7 @@ class Cache:
 
     def _give_up_oldest(self) -> None:
         """Free the shared page that nobody has had for the longest time."""
-        page = next(iter(self._unused))
-        del self._unused[page]
+        page, _ = self._unused.popitem(last=False)
         del self._users[page]
         key = self._key_of.pop(page)
         del self._shared[key]

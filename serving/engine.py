@@ -7,7 +7,7 @@
 Shapes: T rows of a pass, V vocabulary, D width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,8 +156,6 @@ class Engine:
         """
         if not in_waves or self.scheduler.is_wave_due:
             self.scheduler.admit()
-        if self.scheduler.stuck:
-            self.scheduler.refuse_first()
         self._fill()
         prompts_are_left = len(self.scheduler.filling) > 0
         if in_waves and prompts_are_left:
@@ -166,19 +164,22 @@ class Engine:
             self._advance()
 
     @torch.inference_mode()
-    def logits(self, request: Request) -> Tensor:
-        """The logits [T, V] behind each token of a prompt, on an engine that has nothing else to do."""
-        sequence = self.add(request)
-        self.scheduler.admit()
-        count = sequence.uncomputed
-        span = Span(0, count, sequence.computed, sequence.pages)
-        id_T = torch.tensor(request.prompt)
-        chosen = [(sequence, span)]
-        hidden_TD, adapters = self.forward.run(chosen, id_T)
-        logits_TV = self.forward.decoder.logits(hidden_TD, adapters)
-        self.scheduler.filled(sequence)
-        self.scheduler.finish(sequence)
-        return logits_TV
+    def logits(self, requests: Iterable[Request]) -> Iterator[Tensor]:
+        """The logits [T, V] behind each token of one tenant's prompts, in order; as many as fit are one pass.
+
+        The engine must have nothing else to do. Logits take much memory: each one's are made when they are asked for.
+        """
+        for request in requests:
+            self.add(request)
+        while not self.scheduler.idle:
+            self.scheduler.admit()
+            chosen = self.scheduler.whole_prompts()
+            hidden_TD = self.forward.run_prompts(chosen)
+            owners = [sequence.resident for sequence, _ in chosen]
+            for sequence, _ in chosen:
+                self.cancel(sequence)
+            for owner, (_, span) in zip(owners, chosen, strict=True):
+                yield self.forward.logits(owner, hidden_TD[span.rows])
 
     def _complete(self, sequences: list[Sequence]) -> None:
         """Work until all is answered."""
@@ -208,11 +209,7 @@ class Engine:
         chosen = self.scheduler.next_chunk()
         if not chosen:
             return
-        ids: list[int] = []
-        for sequence, span in chosen:
-            ids += sequence.prompt_tokens(span.start, span.count)
-        id_T = torch.tensor(ids)
-        hidden_TD, _ = self.forward.run(chosen, id_T)
+        hidden_TD = self.forward.run_prompts(chosen)
         score(self.forward, chosen, hidden_TD)
         for sequence, span in chosen:
             self.scheduler.prefixes.add_computed(sequence, span.count)
@@ -266,9 +263,7 @@ class Engine:
         self._ticket = None
         if ticket is not None:
             tokens = ticket.tokens()
-            for sequence, (token, score_of_token) in zip(ticket.sequences, tokens, strict=True):
-                if not sequence.finished:
-                    self.scheduler.take(sequence, token, score_of_token)
+            self.scheduler.take(ticket.sequences, tokens)
         self.scheduler.finish_complete()
 
     def _advance_plainly(self) -> None:
@@ -282,7 +277,7 @@ class Engine:
             span = Span(row, 1, sequence.computed, sequence.pages)
             chosen.append((sequence, span))
         id_T = torch.tensor(last_tokens)
-        hidden_TD, _ = self.forward.run(chosen, id_T)
+        hidden_TD = self.forward.run(chosen, id_T)
         for sequence in running:
             sequence.computed += 1
         self._take(running, hidden_TD)
@@ -291,10 +286,7 @@ class Engine:
     def _take(self, sequences: Several[Sequence], hidden_TD: Tensor) -> None:
         """Add to each sequence's answer the token that its row says."""
         tokens = self.forward.next_tokens(sequences, hidden_TD)
-        answering = zip(sequences, tokens, strict=True)
-        for sequence, pair in answering:
-            token, score_of_token = pair
-            self.scheduler.take(sequence, token, score_of_token)
+        self.scheduler.take(sequences, tokens)
 
     def _runner(self, rows: int) -> "Runner":
         """What decodes on a GPU, with so many rows."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from serving.asking import AnswersProgress, Asking, Assignment, Decode
-from serving.changes import change_of
+from serving.changes import ChangeByName, changes_of
 from serving.engine import Engine
 from serving.error import AdapterRefused
 from serving.format import digest_in_folder
@@ -103,23 +103,41 @@ def answer_all(
 ) -> None:
     """Ask what is missing; the adapters are loaded in the engine under their names. `head` is kept in every file."""
     missing = missing_of(sheets)
-    for sheet in sheets:
-        if sheet.missing and not sheet.file.head:
-            of_sheet = _head_of(engine, sheet)
-            sheet.file.begin({**head, **of_sheet})
+    _begin_files(engine, sheets, head)
     asking = Asking(engine, decode, progress)
     asking.ask(missing)
 
 
-def _head_of(engine: Engine, sheet: AnswerSheet) -> dict[str, Any]:
+def _begin_files(engine: Engine, sheets: Sequence[AnswerSheet], head: RequestData) -> None:
+    """Write the first line of files that lack it, and answers; a task's adapters are tried in one pass."""
+    by_task: dict[str, list[AnswerSheet]] = {}
+    for sheet in sheets:
+        if sheet.missing and not sheet.file.head:
+            of_task = by_task.setdefault(sheet.task.folder_name, [])
+            of_task.append(sheet)
+    for of_task in by_task.values():
+        changes = _changes_by(engine, of_task)
+        for sheet in of_task:
+            of_sheet = _head_of(engine, sheet, changes)
+            sheet.file.begin({**head, **of_sheet})
+
+
+def _changes_by(engine: Engine, of_task: Sequence[AnswerSheet]) -> ChangeByName:
+    """How much the adapters of one task's sheets change."""
+    task = of_task[0].task
+    probes = task.questions[:PROBES]
+    names = [sheet.candidate.name for sheet in of_task]
+    prompts = [_prompt_of(question) for question in probes]
+    return changes_of(engine, names, prompts)
+
+
+def _head_of(engine: Engine, sheet: AnswerSheet, changes: ChangeByName) -> dict[str, Any]:
     """What the file of a sheet says of it; for an adapter, how much it changes."""
     candidate = sheet.candidate
-    change: float | None = None
+    change = changes.get(candidate.name)
     left_out = 0.0
     if candidate.name is not None:
         left_out = engine.left_out(candidate.name)
-        prompts = [_prompt_of(question) for question in sheet.task.questions[:PROBES]]
-        change = change_of(engine, candidate.name, prompts)
     return {"task": sheet.task.name, "adapter": candidate.digest, "change": change, "left_out": left_out}
 
 

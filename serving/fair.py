@@ -5,7 +5,7 @@ This is the virtual token counter of Sheng et al. 2024, "Fairness in Serving Lar
 of those that wait already, so nobody saves up service while away. With one tenant it is first come, first served.
 """
 
-from collections import deque
+from collections import Counter, deque
 
 from serving.sequence import Sequence
 
@@ -72,10 +72,13 @@ class FairQueue:
         price = len(request.prompt) * PROMPT_PRICE
         self._charge(request.tenant, price)
 
-    def charge_token(self, sequence: Sequence) -> None:
-        """Count one token of an answer."""
-        tenant = sequence.request.tenant
-        self._charge(tenant, ANSWER_PRICE)
+    def charge_tokens(self, sequences: list[Sequence]) -> None:
+        """Count one token of each of these sequences' answers."""
+        tenants = [sequence.request.tenant for sequence in sequences]
+        tokens_of = Counter(tenants)
+        for tenant, tokens in tokens_of.items():
+            price = tokens * ANSWER_PRICE
+            self._charge(tenant, price)
 
     def in_turn(self, sequences: list[Sequence]) -> list[Sequence]:
         """Sequences in the order of their tenants' turns; those of one tenant stay in their order."""

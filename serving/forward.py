@@ -12,6 +12,7 @@ from serving.base import FrozenBase
 from serving.cache import Cache, pages_for
 from serving.decoder import Decoder
 from serving.grouping import MANY, Grouping, products_of_row
+from serving.integers import integers, tensor_of
 from serving.mix import AdapterBatch, Owner, Owners
 from serving.packed import Needs
 from serving.passing import Pass, Span, positions_and_places
@@ -36,8 +37,17 @@ class Forward:
         self.rotations = Rotations(base, positions)
         self.decoder = Decoder(base, self._operations())
 
-    def run(self, chosen: Chosen, id_T: Tensor) -> tuple[Tensor, AdapterBatch]:
-        """The normed outputs [T, D] of some rows of sequences, and the adapters of these rows."""
+    def run_prompts(self, chosen: Chosen) -> Tensor:
+        """The normed outputs [T, D] of some rows of prompts."""
+        ids = integers()
+        for sequence, span in chosen:
+            tokens = sequence.prompt_tokens(span.start, span.count)
+            ids.extend(tokens)
+        id_T = tensor_of(ids)
+        return self.run(chosen, id_T)
+
+    def run(self, chosen: Chosen, id_T: Tensor) -> Tensor:
+        """The normed outputs [T, D] of some rows of sequences, whose tokens are these."""
         owners: list[Owner] = []
         spans: list[Span] = []
         for sequence, span in chosen:
@@ -46,8 +56,14 @@ class Forward:
         step = self._pass(owners, spans)
         id_T = id_T.to(self.device)
         x_TD = self.decoder.embed(id_T, step.adapters)
-        hidden_TD = self.decoder.forward(x_TD, step)
-        return hidden_TD, step.adapters
+        return self.decoder.forward(x_TD, step)
+
+    def logits(self, owner: Owner, hidden_TD: Tensor) -> Tensor:
+        """The logits [T, V] of rows that are all one adapter's, or the base's, from their outputs."""
+        rows = len(hidden_TD)
+        adapters = AdapterBatch.of([owner], [rows])
+        adapters = adapters.to(self.device)
+        return self.decoder.logits(hidden_TD, adapters)
 
     def next_tokens(self, sequences: Several[Sequence], hidden_TD: Tensor) -> list[tuple[int, float]]:
         """The next token of each sequence's answer and its log-probability, from its last row's outputs."""

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from serving.changes import change_of
+from serving.changes import ChangeByName, changes_of
 from serving.evaluate import Candidate, adapters_in, base_key, versions_of
 from serving.harness import evaluate_by_harness
 from serving.kept import PlainLine
@@ -100,23 +100,23 @@ def ask_missing(request: RequestData, ready: ReadyEngine, missing: Sequence[Cand
     results = evaluate_by_harness(
         ready.engine, ready.tokenizer, names, [task], limit=request["limit"], bootstrap_iters=0
     )
+    changes = changes_at_probe(names, ready)
     count = 0
     for candidate in missing:
         lines = list(lines_of(results[candidate.name]))
         left_out = 0.0 if candidate.name is None else ready.engine.left_out(candidate.name)
-        change = change_by(candidate, ready)
+        change = changes.get(candidate.name)
         head = {"task": task, "adapter": candidate.digest, "change": change, "left_out": left_out}
         write_at_once(folder / candidate.file_name, [head, *lines])
         count += len(lines)
     return count
 
 
-def change_by(candidate: Candidate, ready: ReadyEngine) -> float | None:
-    """How much an adapter changes; None for the base."""
-    if candidate.name is None:
-        return None
+def changes_at_probe(names: Sequence[str | None], ready: ReadyEngine) -> ChangeByName:
+    """How much adapters change what the base says of one text."""
     ids = ready.tokenizer.encode(PROBE)
-    return change_of(ready.engine, candidate.name, [tuple(ids)])
+    prompts = [tuple(ids)]
+    return changes_of(ready.engine, names, prompts)
 
 
 def lines_of(results: Mapping[str, Any]) -> Iterator[PlainLine]:

@@ -55,12 +55,13 @@ class AnswersFile:
                 self.answers.setdefault(answer.key, answer)
 
     def begin(self, head: PlainLine) -> None:
-        """Write the first line, where there is none."""
+        """Write the first line, where there is none. A crash may undo it until answers follow."""
         if self.head:
             return
         self.head = head
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._append([head])
+        with self.path.open("ab+") as stream:
+            _append_lines(stream, [head])
 
     def add(self, answers: Iterable[KeptAnswer]) -> None:
         """Write answers to the file's end, and see to it that they survive a crash."""
@@ -69,17 +70,8 @@ class AnswersFile:
             self.answers.setdefault(answer.key, answer)
             plain = answer.dump()
             lines.append(plain)
-        self._append(lines)
-
-    def _append(self, lines: Iterable[PlainLine]) -> None:
-        text = ""
-        for line in lines:
-            written = json.dumps(line)
-            text += f"{written}\n"
         with self.path.open("ab+") as stream:
-            if _is_cut_off(stream):
-                text = f"\n{text}"
-            stream.write(text.encode())
+            _append_lines(stream, lines)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -100,6 +92,17 @@ def merge_answers(source: Path, target: Path) -> None:
     merged.begin(come.head)
     merged.add(missing)
     unfinished.replace(target)
+
+
+def _append_lines(stream: BinaryIO, lines: Iterable[PlainLine]) -> None:
+    """Write lines to a file's end, behind the end of its last one."""
+    text = ""
+    if _is_cut_off(stream):
+        text = "\n"
+    for line in lines:
+        written = json.dumps(line)
+        text += f"{written}\n"
+    stream.write(text.encode())
 
 
 def _is_cut_off(stream: BinaryIO) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from serving.integers import Integers, integers, tensor_of
 from serving.packed import Needs
 from serving.pool import Resident
 
@@ -67,7 +68,7 @@ def index_of(owner: Owner) -> int:
 
 def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
     """The adapters of runs of rows, in the order of their indices, each with all its rows."""
-    rows: dict[int, list[int]] = {}
+    rows: dict[int, Integers] = {}
     residents: dict[int, Resident] = {}
     start = 0
     for owner, count in zip(owners, counts, strict=True):
@@ -75,13 +76,13 @@ def members_of(owners: Owners, counts: list[int]) -> list[BatchAdapter]:
         if owner is not None:
             index = owner.index
             residents[index] = owner
-            own_rows = rows.setdefault(index, [])
-            own_rows += range(start, end)
+            own_rows = rows.setdefault(index, integers())
+            own_rows.extend(range(start, end))
         start = end
     members: list[BatchAdapter] = []
     for index in sorted(residents):
         resident = residents[index]
-        row_T = torch.tensor(rows[index])
+        row_T = tensor_of(rows[index])
         member = BatchAdapter(resident, row_T)
         members.append(member)
     return members

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 
 from serving.cache import PAGE, Cache
+from serving.integers import integers
 from serving.sequence import Sequence
 
 PageKey = bytes
@@ -21,12 +22,15 @@ class Prefixes:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
 
-    def adopt(self, sequence: Sequence) -> None:
-        """Take pages that others have computed in the place of a sequence's next ones, as far as there are any."""
+    def adopt(self, sequence: Sequence) -> PageKey | None:
+        """Take pages that others have computed in the place of a sequence's next ones, as far as there are any.
+
+        Gives the key of the page behind them, which nobody has computed; None where it has no key.
+        """
         while (key := next_key(sequence)) is not None:
             page = self.cache.shared(key)
             if page is None:
-                return
+                return key
             number = sequence.computed // PAGE
             own = sequence.pages[number]
             sequence.own_pages.remove(own)
@@ -35,6 +39,7 @@ class Prefixes:
             sequence.pages[number] = page
             sequence.joined_pages.append(page)
             sequence.computed += PAGE
+        return None
 
     def follow(self, sequence: Sequence) -> int | None:
         """Let a sequence count as computed whose whole prompt another one has just computed.
@@ -107,15 +112,17 @@ def page_keys(sequence: Sequence) -> dict[int, PageKey]:
 
 
 def _keys(sequence: Sequence) -> Iterator[PageKey]:
-    """The keys of a prompt's full pages; each is made from the one before."""
+    """The keys of a prompt's full pages: each is a digest of whose it is, and of all tokens up to its end."""
     request = sequence.request
     digest = digest_of_adapter(sequence)
-    start = f"{digest} {request.tenant}"
-    key = start.encode()
-    full = len(request.prompt) // PAGE
+    owner = f"{digest} {request.tenant}"
+    owner_digest = hashlib.sha256(owner.encode()).digest()  # of one size: no name can pass for tokens
+    of_all = hashlib.sha256(owner_digest)
+    ids = integers(request.prompt)
+    size = PAGE * ids.itemsize
+    content = ids.tobytes()
+    full = len(ids) // PAGE
     for number in range(full):
-        first = number * PAGE
-        tokens = request.prompt[first : first + PAGE]
-        text = " ".join(map(str, tokens))
-        key = hashlib.sha256(key + b" " + text.encode()).digest()
-        yield key
+        first = number * size
+        of_all.update(content[first : first + size])
+        yield of_all.digest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from serving.cache import padded_pages, pages_for
 from serving.rotation import rotation_of
-from serving.sampler import Choice
+from serving.sampler import Choice, Manner
 from serving.sequence import Sequence
 
 Numbers = list[int]
@@ -83,9 +83,12 @@ class Rows:
         return torch.tensor(row, dtype=torch.int32)
 
     def _write_choice(self, sequences: Several[Sequence]) -> None:
-        """Copy to the device how these sequences' tokens are chosen."""
-        device = self.id_T.device
+        """Copy to the device how these sequences' tokens are chosen, where that is read."""
         requests = [sequence.request for sequence in sequences]
+        manner = Manner.of(requests)
+        if not manner.reads_choice:
+            return
+        device = self.id_T.device
         choice = Choice.of(requests, device)
         self.choice.write(choice)
 

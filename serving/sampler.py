@@ -39,6 +39,11 @@ class Manner:
     truncates: bool  # some row draws among the likeliest tokens alone
     scores: bool  # some row's log-probability is asked
 
+    @property
+    def reads_choice(self) -> bool:
+        """Whether temperatures, limits or seeds of rows are read."""
+        return self.scores or not self.is_greedy
+
     @classmethod
     def of(cls, requests: Rows[Request]) -> "Manner":
         """What these requests take."""

@@ -5,6 +5,7 @@ what is admitted can always be finished.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 
 from serving.cache import PAGE, Cache, pages_for
 from serving.error import RequestRefused
@@ -12,13 +13,14 @@ from serving.fair import FairQueue
 from serving.packed import Packed
 from serving.passing import Span
 from serving.pool import Pool, Resident
-from serving.prefixes import PageKey, Prefixes, WholePrompt, next_key, whole_prompt
+from serving.prefixes import PageKey, Prefixes, WholePrompt, whole_prompt
 from serving.sequence import Sequence
 
 WAVE = 8  # one row in so many is free before a wave of sequences is admitted
 KEPT = 8  # one row in so many is for tenants that have none, where there are several
 Prepare = Callable[[Resident], bool]
 SequenceSpan = tuple[Sequence, Span]  # a sequence, and its rows in a pass
+TokenScore = tuple[int, float]  # a token, and its log-probability
 
 
 class Scheduler:
@@ -46,13 +48,6 @@ class Scheduler:
         return not waiting_or_admitted
 
     @property
-    def stuck(self) -> bool:
-        """Whether the first that waits does not fit though nothing else is admitted."""
-        if self._admitted:
-            return False
-        return bool(self.waiting)
-
-    @property
     def is_wave_due(self) -> bool:
         """Whether enough rows are free to admit many sequences at once."""
         admitted = self._admitted
@@ -64,6 +59,15 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
+        """Start the sequences that wait, in turn, up to the first that does not fit.
+
+        Raises RequestRefused where nothing else is admitted beside which it would fit later.
+        """
+        self._start_waiting()
+        if self.waiting and not self._admitted:
+            self._refuse_first()
+
+    def _start_waiting(self) -> None:
         """Start the sequences that wait, in turn, up to the first that does not fit."""
         while self.waiting and self._admitted < self.rows:
             sequence = self.waiting.first()
@@ -99,14 +103,28 @@ class Scheduler:
         under_way: set[PageKey | WholePrompt | None] = set()
         row = 0
         for sequence in self.waiting.in_turn(self.filling):
-            self.prefixes.adopt(sequence)
-            begun = {next_key(sequence), whole_prompt(sequence)} - {None}
+            key = self.prefixes.adopt(sequence)
+            begun = {key, whole_prompt(sequence)} - {None}
             if begun & under_way:
                 continue
             under_way |= begun
             space = self.chunk - row
             count = min(sequence.uncomputed, space)
             if count == 0:
+                break
+            span = Span(row, count, sequence.computed, sequence.pages)
+            part = (sequence, span)
+            chosen.append(part)
+            row += count
+        return chosen
+
+    def whole_prompts(self) -> list[SequenceSpan]:
+        """The sequences that were admitted first, with rows for all of their prompts: a chunk, or only the first."""
+        chosen: list[SequenceSpan] = []
+        row = 0
+        for sequence in self.filling:
+            count = sequence.uncomputed
+            if chosen and row + count > self.chunk:
                 break
             span = Span(row, count, sequence.computed, sequence.pages)
             part = (sequence, span)
@@ -146,10 +164,14 @@ class Scheduler:
         self.filling.remove(sequence)
         self.running.append(sequence)
 
-    def take(self, sequence: Sequence, token: int, score: float) -> None:
-        """One more token of a sequence's answer, which its tenant has got, and its log-probability."""
-        sequence.take(token, score)
-        self.waiting.charge_token(sequence)
+    def take(self, sequences: Several[Sequence], tokens: list[TokenScore]) -> None:
+        """One more token of each answer that is not complete, which its tenant has got then."""
+        taking: list[Sequence] = []
+        for sequence, (token, score) in zip(sequences, tokens, strict=True):
+            if not sequence.finished:
+                sequence.take(token, score)
+                taking.append(sequence)
+        self.waiting.charge_tokens(taking)
 
     def finish(self, sequence: Sequence) -> None:
         """Free what a finished sequence held."""
@@ -177,7 +199,7 @@ class Scheduler:
         """Let a sequence that waits go unanswered."""
         self.waiting.remove(sequence)
 
-    def refuse_first(self) -> None:
+    def _refuse_first(self) -> None:
         """Give up the first that waits, which does not fit though nothing else runs. Raises RequestRefused."""
         sequence = self.waiting.first()
         self.drop(sequence)

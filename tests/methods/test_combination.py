@@ -87,7 +87,7 @@ def test_a_combination_is_that_of_peft(
     assert (found - expected).abs().max() < 2e-4 * expected.std() < 0.1 * (found - plain).abs().max()
     engine = Engine(AutoModelForCausalLM.from_pretrained(base).eval(), tokens=64, adapter_bytes=2**18)
     engine.load("mixed", tmp_path / how)
-    served = engine.logits(Request(tuple(IDS[0].tolist()), "mixed"))
+    (served,) = engine.logits([Request(tuple(IDS[0].tolist()), "mixed")])
     assert (served - found).abs().max() < 1e-4 * found.std()
 
 

@@ -14,8 +14,10 @@ from adapters import Exported, export, loaded
 from serving.cache import PAGE, pages_for
 from serving.engine import Engine
 from serving.error import RequestRefused, UnknownAdapter
+from serving.integers import integers
+from serving.prefixes import page_keys
 from serving.sampler import noise
-from serving.sequence import Request
+from serving.sequence import Request, Sequence
 
 PROMPT = tuple((5 * i + 7) % 320 for i in range(30))
 
@@ -114,7 +116,7 @@ def test_patterns_of_ranks_and_scales_are_those_of_peft(base: Path, tmp_path: Pa
     engine.load("patterns", tmp_path / "patterns")
     with torch.no_grad():
         expected = tuned(input_ids=torch.tensor([PROMPT])).logits[0]
-    found = engine.logits(Request(PROMPT, "patterns"))
+    (found,) = engine.logits([Request(PROMPT, "patterns")])
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
@@ -160,7 +162,8 @@ def test_log_likelihoods_are_those_of_the_logits(base: Path, exported: dict[str,
     engine = engine_of(base, chunk=8)
     engine.load("lora", exported["lora"].folder)
     for name in (None, "lora"):
-        log_TV = engine.logits(Request(PROMPT, name)).log_softmax(-1)
+        (logits_TV,) = engine.logits([Request(PROMPT, name)])
+        log_TV = logits_TV.log_softmax(-1)
         expected = [float(log_TV[at - 1, PROMPT[at]]) for at in range(20, 30)]
         (found,) = engine.log_likelihoods([Request(PROMPT, name)], [20])
         assert found == pytest.approx(expected, abs=1e-4)
@@ -205,6 +208,15 @@ def test_equal_beginnings_are_computed_once_for_each_adapter_and_tenant(
     engine.load("lora", export(base, "lora", exported["lora"].folder.parent / "anew", seed=5).folder)
     assert rows_computed(engine, begun[:1]) == len(prompt) + 1
     assert engine.cache.free_pages == engine.cache.pages - 1
+
+
+def test_no_name_of_a_tenant_passes_for_tokens() -> None:
+    first, rest = tuple(range(PAGE)), PROMPT[:PAGE]
+    keys = []
+    for tenant, prompt in (("", first + rest), (integers(first).tobytes().decode(), rest)):
+        sequence = Sequence(Request(prompt, tenant=tenant), None)
+        keys.append(set(page_keys(sequence).values()))
+    assert [len(of_prompt) for of_prompt in keys] == [2, 1] and keys[0].isdisjoint(keys[1])
 
 
 def test_shared_beginnings_change_no_answer_and_give_way_where_pages_are_few(base: Path) -> None:

@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_adapter_alone(
     name: str | None, engine: Engine, alone: dict[str | None, Any]
 ) -> None:
     expected = said(alone[name], PROMPT)
-    found = engine.logits(Request(PROMPT, name))
+    (found,) = engine.logits([Request(PROMPT, name)])
     assert (found - expected).abs().max() < 1e-5 * expected.std()
     if name is not None:
         assert (expected - said(alone[None], PROMPT)).abs().max() > 1e-2 * expected.std()

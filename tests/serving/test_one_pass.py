@@ -15,7 +15,7 @@ from methods.options import KINDS
 from methods.registry import create
 from serving import asking
 from serving.base import FrozenBase
-from serving.changes import change_of
+from serving.changes import changes_of
 from serving.engine import Engine
 from serving.evaluate import AnswerSheet, Candidate, answer_all, missing_of, sheets_of
 from serving.folder import adapter_digest
@@ -134,6 +134,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
             assert answer.log_likelihoods == pytest.approx(other.file.answers[key].log_likelihoods, abs=1e-4)
 
 
+def test_answers_that_cannot_be_written_end_the_evaluation(
+    engine: Engine, exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    sheets = sheets_of(tmp_path, TASKS, candidates(exported, "lora"))
+    sheets[-1].file.begin({"base": "x"})
+    sheets[-1].file.path.unlink()
+    sheets[-1].file.path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        ask(engine, sheets)
+    assert all(len(AnswersFile(sheet.file.path).answers) == len(sheet.task.questions) for sheet in sheets[:-1])
+
+
 def test_what_has_no_room_is_answered_with_nothing(
     engine: Engine, exported: dict[str, Exported], tmp_path: Path
 ) -> None:
@@ -163,8 +175,22 @@ def test_an_adapter_without_effect_is_seen(engine: Engine, exported: dict[str, E
     inert = {name: torch.zeros_like(w) if "lora_B" in name else w for name, w in weights.items()}
     save_file(inert, folder / "adapter_model.safetensors")
     engine.load("inert", folder)
-    assert change_of(engine, "inert", [prompt(1), prompt(2)]) == 0
-    assert change_of(engine, "lora", [prompt(1), prompt(2)]) > 0.01
+    changes = changes_of(engine, ["lora", "inert"], [prompt(1), prompt(2)])
+    assert changes["inert"] == 0 and changes["lora"] > 0.01
+
+
+def test_adapters_in_company_change_as_much_as_alone(
+    engine: Engine, base: Path, exported: dict[str, Exported]
+) -> None:
+    prompts = [prompt(1, 63), prompt(2)]  # behind the prefix, the first one has no room for its last tokens
+    small = Engine(loaded(base), tokens=512, positions=64, residents=2, chunk=70, adapter_bytes=2**20)
+    for name in NAMES:
+        small.load(name, exported[name].folder)
+    alone = {name: changes_of(engine, [name], prompts)[name] for name in NAMES}
+    for some_engine in (engine, small):
+        assert changes_of(some_engine, [None, *NAMES], prompts) == pytest.approx(alone, rel=1e-4)
+        assert some_engine.scheduler.idle
+    assert changes_of(engine, [None], prompts) == {}
 
 
 def test_the_first_of_two_answers_counts_and_broken_lines_do_not(tmp_path: Path) -> None:
