@@ -16,10 +16,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+_MODULE = "fleetune_reward_of_user"  # what a user's file is called as a module
 _GRACE_S = 5.0  # than allowed, after which a call ends this process, should nobody be left to do so
 _LONGEST_LOADING_S = 120 + _GRACE_S
 _PROBLEM_LENGTH = 300  # characters of what a function raised
@@ -28,7 +30,7 @@ _SYNCED_S = 1.0  # between two times at which what is kept is made to survive a 
 
 def load_function(file: str, name: str) -> Callable[..., Any]:
     """The function of this name in a file, whose module has a name that nobody else has."""
-    spec = importlib.util.spec_from_file_location("fleetune_reward_of_user", file)
+    spec = importlib.util.spec_from_file_location(_MODULE, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +46,7 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
         value = function(**arguments)
     except Exception as error:
         kind = type(error).__name__
-        return {"problem": f"raised {kind}: {one_line(str(error))}"}
+        return {"problem": f"raised {kind}{line_of(error)}: {one_line(str(error))}"}
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # None, a text, a number without end
@@ -52,6 +54,15 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
     if not math.isfinite(number):
         return {"problem": f"gave {one_line(repr(value))}, allowed: a finite number"}
     return {"value": number}
+
+
+def line_of(error: Exception) -> str:
+    """The line of the user's file in which an error came up, or what it called did; empty where there is none."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == _MODULE:
+            found = f" in line {line}"
+    return found
 
 
 def one_line(text: str) -> str:

@@ -243,15 +243,19 @@ def test_what_it_wrote_is_there_for_people_to_read(group_run: Any, launch: Any) 
 
 
 BAD = {
-    "raises": ("return 1 / 0", "raised ZeroDivisionError: division by zero"),
+    "raises": ("return 1 / 0", "raised ZeroDivisionError in line 3: division by zero"),
     "hangs": ("import time; time.sleep(99)", "took longer than 0.5 s"),
     "not_finite": ("return float('nan')", "gave nan, allowed: a finite number"),
     "random": ("import random; return random.random()", "could not be repeated"),
     "nothing": ("return None", "gave None, allowed: a finite number"),
     "ends": ("import os; os._exit(3)", "ended its process (status 3)"),
     "leaves": ("raise SystemExit(4)", "ended its process (status 4)"),
-    "lines": ("raise ValueError('a\\n\\x1b[1mb\\ud800')", "raised ValueError: a ?[1mb?; sample"),
-    "reads": ("import subprocess; return 1 / len(subprocess.check_output(['cat']))", "raised ZeroDivisionError"),
+    "lines": ("raise ValueError('a\\n\\x1b[1mb\\ud800')", "raised ValueError in line 3: a ?[1mb?; sample"),
+    "reads": (
+        "import subprocess; return 1 / len(subprocess.check_output(['cat']))",
+        "raised ZeroDivisionError in line 3",
+    ),
+    "deeper": ("json = __import__('json'); return json.loads('{')", "raised JSONDecodeError in line 3: Expecting"),
 }
 
 
@@ -302,7 +306,9 @@ def test_a_reward_may_fail_for_what_the_model_wrote_alone(journal: RewardJournal
     file.write_text("def picky(prompt, completion, row):\n    assert completion == 'right'\n    return 1.0\n")
     rewards = rewards_of(GrpoOptions(reward=f"{file}:picky"))
     samples = [RewardSample("p", "right", "right", {}, "a"), RewardSample("p", "wrong", "right", {}, "b")]
-    with pytest.raises(RewardFailed, match="raised AssertionError: ; sample: prompt 'p', completion 'wrong'"):
+    with pytest.raises(
+        RewardFailed, match="raised AssertionError in line 2: ; sample: prompt 'p', completion 'wrong'"
+    ):
         rewards.judge(samples, journal)
 
 
