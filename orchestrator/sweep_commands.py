@@ -28,9 +28,13 @@ def sweep_command(
 
     driver = SweepDriver.of(file, cluster)
     if dry_run:
+        driver.check_begun()
         found, _ = driver.look()
-        for line in driver.shown(driver.plan.decide(found), found):
+        decision = driver.plan.decide(found)
+        for line in driver.shown(decision, found):
             print(line)
+        if decision.why:
+            tell(decision.why)
         return None
     decision, found = driver.run(tell)
     if decision.why:

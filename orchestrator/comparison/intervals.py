@@ -11,112 +11,17 @@ Shape suffixes: S seeds, N rows.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from orchestrator.comparison.student import critical_value
+from orchestrator.comparison.variances import MeanSquares, SeedRows, Spread, VariancePart
 
-SeedRows = npt.NDArray[np.float64]
-NumberOrDraws = Any
 Scope = Literal["seeds and rows", "rows", "seeds"]  # what the interval of a contrast speaks for
 CONFIDENCE = 0.95
-_TINY = 1e-300
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The variances of a difference between seeds and between rows, and of the rest."""
-
-    seeds: float
-    rows: float
-    rest: float
-
-    def variance(self, seeds: int, rows: int) -> float:
-        """That of the mean over so many seeds and rows."""
-        of_seeds = self.seeds / seeds
-        of_rows = self.rows / rows
-        pairs = seeds * rows
-        of_rest = self.rest / pairs
-        return of_seeds + of_rows + of_rest
-
-
-@dataclass(frozen=True)
-class VariancePart:
-    """A part of the variance of a difference, and the degrees of freedom with which it is known."""
-
-    variance: float
-    degrees: float
-
-
-@dataclass(frozen=True)
-class MeanSquares:
-    """Mean squares between seeds, between rows, and of the rest; numbers, or arrays of draws of them."""
-
-    of_seeds: NumberOrDraws
-    of_rows: NumberOrDraws
-    rest: NumberOrDraws
-    seeds: int
-    rows: int
-
-    @classmethod
-    def of(cls, values_SN: SeedRows) -> "MeanSquares":
-        """Those of some values."""
-        seeds, rows = values_SN.shape
-        free_seeds = seeds - 1
-        free_rows = rows - 1
-        means_S = values_SN.mean(axis=1)
-        means_N = values_SN.mean(axis=0)
-        of_seeds = rows * means_S.var(ddof=1)
-        of_rows = seeds * means_N.var(ddof=1)
-        total = values_SN.size * values_SN.var()
-        left = total - free_seeds * of_seeds
-        left -= free_rows * of_rows
-        free = free_seeds * free_rows
-        rest = max(0.0, left) / free
-        return cls(
-            float(of_seeds),
-            float(of_rows),
-            float(rest),
-            seeds,
-            rows,
-        )
-
-    @property
-    def sum_of_parts(self) -> NumberOrDraws:
-        """What estimates the variance of the mean, times seeds and rows: no less than seeds or rows alone show."""
-        seeds = self.of_seeds
-        rows = self.of_rows
-        together = seeds + rows - self.rest
-        of_one = np.maximum(seeds, rows)
-        return np.maximum(together, of_one)
-
-    @property
-    def degrees(self) -> NumberOrDraws:
-        """The degrees of freedom of that sum; where all values are equal, one."""
-        free_seeds = self.seeds - 1
-        free_rows = self.rows - 1
-        free = free_seeds * free_rows
-        below = self.of_seeds**2 / free_seeds
-        below += self.of_rows**2 / free_rows
-        below += self.rest**2 / free
-        divisor = np.maximum(below, _TINY)
-        above = self.sum_of_parts**2
-        of_sum = above / divisor
-        return np.maximum(1.0, of_sum)
-
-    @property
-    def spread(self) -> Spread:
-        """The parts that these mean squares say."""
-        between_seeds = (self.of_seeds - self.rest) / self.rows
-        between_rows = (self.of_rows - self.rest) / self.seeds
-        return Spread(
-            max(0.0, between_seeds),
-            max(0.0, between_rows),
-            self.rest,
-        )
+_ADDED_ROWS = 2  # by Bonett and Price: one on which the first alone is right, and one of the second
 
 
 @dataclass(frozen=True)
@@ -156,9 +61,32 @@ def contrast(values_SN: SeedRows) -> Contrast:
     squares = MeanSquares.of(values_SN)
     value = float(values_SN.mean())
     pairs = seeds * rows
-    variance = squares.sum_of_parts / pairs
-    error = math.sqrt(variance)
-    return Contrast(value, error, squares.degrees, seeds, rows, "seeds and rows", squares.spread)
+    part = VariancePart(squares.sum_of_parts / pairs, squares.degrees)
+    spread = squares.spread
+    least = _least_variance(values_SN)
+    if part.variance < least:
+        between_rows = spread.rows + rows * (least - part.variance)
+        spread = replace(spread, rows=between_rows)
+        part = part.raised(least, rows - 1)
+    error = math.sqrt(part.variance)
+    return Contrast(value, error, part.degrees, seeds, rows, "seeds and rows", spread)
+
+
+def _least_variance(values_SN: SeedRows) -> float:
+    """The least variance of the mean of values that are -1, 0 or 1: what Bonett and Price have where all are 0.
+
+    Rows on which nobody disagrees are no proof that there are no others.
+    """
+    if not _are_signs(values_SN):
+        return 0.0
+    rows: int = values_SN.shape[1] + _ADDED_ROWS
+    return _ADDED_ROWS / rows**2
+
+
+def _are_signs(values: SeedRows) -> bool:
+    """Whether all values are -1, 0 or 1, as of rows that are right or wrong."""
+    are_signs = np.isin(values, (-1.0, 0.0, 1.0))
+    return bool(are_signs.all())
 
 
 def contrast_of_seeds(values_S: SeedRows) -> Contrast:
@@ -226,8 +154,7 @@ def _contrast_of_rows(values_N: SeedRows) -> Contrast:
     """
     rows = len(values_N)
     value = float(values_N.mean())
-    are_signs = np.isin(values_N, (-1.0, 0.0, 1.0))
-    if are_signs.all():
+    if _are_signs(values_N):
         values_N = np.concatenate([values_N, [1.0, -1.0]])
     part = _part_of_mean(values_N)
     error = math.sqrt(part.variance)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.comparison.group import SEED
-from orchestrator.comparison.intervals import Contrast, SeedRows, contrast, contrast_unpaired, ratio_values
+from orchestrator.comparison.intervals import Contrast, contrast, contrast_unpaired, ratio_values
 from orchestrator.comparison.measure import EXACT_MATCH, OF_TEST_ROWS
 from orchestrator.comparison.run import TrackedRun
+from orchestrator.comparison.variances import SeedRows
 from runfolder.folders import home
 from runfolder.news import UNREADABLE
 from runfolder.row_results import RowResult, last_row_results, read_row_results

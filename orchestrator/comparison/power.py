@@ -10,8 +10,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from orchestrator.comparison.intervals import CONFIDENCE, MeanSquares, SeedRows, Spread
+from orchestrator.comparison.intervals import CONFIDENCE
 from orchestrator.comparison.student import critical_values
+from orchestrator.comparison.variances import MeanSquares, SeedRows, Spread
 
 PowerOf = Callable[[int], float]  # from a number of seeds or rows
 POWER = 0.8

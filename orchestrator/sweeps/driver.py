@@ -19,10 +19,11 @@ from orchestrator.clusters_file import default_cluster
 from orchestrator.control import resume
 from orchestrator.errors import InputError, RunEnded
 from orchestrator.planning.freeze import absolute, read_job
-from orchestrator.planning.spec import PlainJob, load_yaml
+from orchestrator.planning.spec import PlainJob, load_yaml, validate
 from orchestrator.runs import Handle
 from orchestrator.status import Status, statuses
 from orchestrator.submit import submit
+from orchestrator.sweeps.begun import check_reads_same
 from orchestrator.sweeps.progress import Decision, Move, Reached, TrialState
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep, read_sweep
@@ -70,6 +71,9 @@ class SweepDriver:
         written = load_yaml(job_path)
         with_paths = absolute(job, folder)
         submitted = with_paths.dump()
+        for trial in plan.trials({}):
+            settings = trial.job(sweep, submitted, None)
+            validate(settings, source=f"{path}, {_described(trial)}")
         chosen = cluster or default_cluster()
         return cls(sweep, plan, written, submitted, chosen)
 
@@ -105,6 +109,17 @@ class SweepDriver:
                 state = _state_of(status)
                 scores = scores_of(handle, self.sweep.measure)
                 found[trial] = Reached(state, status.step, scores)
+
+    def check_begun(self) -> None:
+        """Raise InputError where the trials that were begun read other rows, or another base."""
+        site = Handle("", self.cluster).site
+        existing = set(site.ids())
+        for trial in self.plan.trials({}):  # the first that was begun stands for all
+            run_id = self.run_id(trial)
+            if run_id in existing:
+                job = trial.job(self.sweep, self.submitted, None)
+                check_reads_same(job, run_id, site)
+                return
 
     def tick(self, say: Say = lambda _: None) -> tuple[Decision, FoundTrials]:
         """Look once, and do what is to be done now. Raises Unreachable, after which it can be repeated."""
@@ -199,6 +214,7 @@ class SweepDriver:
 
     def run(self, say: Say, period_s: float = 5.0) -> tuple[Decision, FoundTrials]:
         """Tick until all is done; gives the last decision, and what the trials have come to."""
+        self.check_begun()
         while True:
             decision, found = self.tick(say)
             if decision.done:

@@ -1,9 +1,9 @@
 """What a sweep.yaml says: a job, the settings that are tried, seeds, a rule and a budget."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
@@ -51,8 +51,31 @@ def six_digits(value: float) -> float:
     return float(shown)
 
 
-SweptAxis = LogRange | list[AxisValue]
-Axes = dict[str, SweptAxis]  # by the dotted key of the job
+_SAID_OTHERWISE = {  # keys of a job that are no axis, and what says them
+    "name": "name",
+    "method": "methods",
+    "method.kind": "methods",
+    "train.seed": "seeds",
+    "train.steps": "the job, as a sweep compares runs of equally many steps",
+    "train.epochs": "the job, as a sweep compares runs of equally many steps",
+    "evaluation.test": "test",
+    "evaluation.every": "rungs",
+    "evaluation.cool_down": "cool_down",
+    "tracking.uri": "the job",
+    "tracking.experiment": "the job",
+}
+
+
+def _free_keys(axes: dict[str, Any]) -> dict[str, Any]:
+    """Axes that change nothing which the sweep itself sets, or by which it finds and counts its trials."""
+    for key in axes:
+        if key in _SAID_OTHERWISE:
+            raise ValueError(f"{key} is no axis; what says it is {_SAID_OTHERWISE[key]}")
+    return axes
+
+
+SweptAxis = LogRange | Annotated[list[AxisValue], Field(min_length=1)]
+Axes = Annotated[dict[str, SweptAxis], AfterValidator(_free_keys)]  # by the dotted key of the job
 
 
 class SweptMethod(_SweepSection):
@@ -98,6 +121,13 @@ class Sweep(_SweepSection):
         if not JOB_NAME.fullmatch(name):
             raise ValueError("must be at most 32 characters: a-z, 0-9 and -, starting with a letter")
         return name
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("must differ")
+        return seeds
 
     @field_validator("rungs")
     @classmethod

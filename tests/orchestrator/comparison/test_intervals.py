@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from orchestrator.comparison.intervals import (
-    SeedRows,
-    Spread,
     at_once,
     contrast,
     contrast_of_seeds,
@@ -18,6 +16,7 @@ from orchestrator.comparison.intervals import (
 )
 from orchestrator.comparison.power import power, rows_needed, seeds_needed, smallest_difference
 from orchestrator.comparison.student import critical_value, exceeding
+from orchestrator.comparison.variances import SeedRows, Spread
 
 FEW, ALL = 400, 2000
 NORMAL = NormalDist()
@@ -174,6 +173,31 @@ def test_an_interval_of_a_ratio_is_centred_on_it_and_covers_it() -> None:
     assert 0.91 <= hits / 300 <= 0.98
 
 
+@pytest.mark.parametrize(("share", "better", "seeds", "rows"), [(0.975, 0.015, 3, 100), (0.99, 0.005, 5, 200)])
+def test_intervals_cover_where_few_rows_disagree(share: float, better: float, seeds: int, rows: int) -> None:
+    rng = np.random.default_rng(6)
+    hits = 0
+    for _ in range(FEW):
+        places = rng.random(rows)
+        is_first = places < share
+        is_second = places < share + better
+        differences = np.tile(is_second.astype(float) - is_first, (seeds, 1))
+        low, high = contrast(differences).interval()
+        hits += low <= better <= high
+    assert hits / FEW >= 0.93
+
+
+def test_rows_on_which_nobody_disagrees_do_not_say_that_all_are_equal() -> None:
+    several = contrast(np.zeros((3, 100)))
+    low, high = several.interval()
+    one_seed = contrast(np.zeros((1, 100)))
+    assert (several.degrees, (low, high)) == (99, pytest.approx(one_seed.interval(), rel=0.01))
+    assert several.spread and several.spread.variance(3, 100) == pytest.approx(several.error**2)
+    one_row = np.zeros((3, 100))
+    one_row[:, 0] = 1.0
+    assert contrast(one_row).half_width() == pytest.approx(several.half_width(), rel=0.01)
+
+
 def test_what_one_seed_or_no_rows_can_say() -> None:
     single = contrast_of_seeds(np.array([0.4]))
     assert (single.value, single.half_width()) == (0.4, float("inf"))
@@ -184,6 +208,6 @@ def test_what_one_seed_or_no_rows_can_say() -> None:
     undecided = contrast(np.array([[1.0] + [0.0] * 199]))
     low, _ = undecided.interval()
     assert low < 0
-    assert contrast(np.zeros((3, 5))).interval() == (0.0, 0.0)
+    assert contrast(np.full((3, 5), 0.5)).interval() == (0.5, 0.5)
     unlike = contrast_unpaired(np.array([[0.5], [0.6]]), np.array([[0.2], [0.3], [0.1]]))
     assert (unlike.value, unlike.scope) == (pytest.approx(0.35), "seeds")

@@ -146,11 +146,42 @@ def test_run_ids_are_the_same_on_any_laptop(tmp_path: Path) -> None:
         ({"axes": {"train.lr": {"log": [1, 0.1]}}}, "the smaller one first"),
         ({"name": "A b"}, "name: found 'A b'"),
         ({"sedes": [1]}, "sedes: found"),
+        ({"seeds": [0, 1, 0]}, "seeds: found .* must differ"),
+        ({"axes": {"train.lr": []}}, "axes.*found \\[\\]"),
+        ({"axes": {"train.steps": [4, 900]}}, "train.steps is no axis; what says it is the job"),
+        ({"methods": [{"kind": "lora", "axes": {"train.seed": [1]}}]}, "train.seed is no axis.* is seeds"),
+        ({"axes": {"method": ["lora", "dora"]}}, "method is no axis; what says it is methods"),
     ],
 )
 def test_what_is_wrong_in_a_sweep_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_sweep(write_sweep(tmp_path, **changes))
+
+
+def test_a_trial_that_no_job_allows_is_refused_before_any_begins(tmp_path: Path) -> None:
+    make_job(tmp_path, data={"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16})
+    with pytest.raises(InputError, match=r"method lorra, lr 0\.0001, seed 0: method\.kind: found 'lorra'"):
+        SweepDriver.of(write_sweep(tmp_path, methods=["lora", "lorra"]), None)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_sweep_of_other_rows_does_not_take_the_trials_of_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(tmp_path, data={"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16})
+    path = write_sweep(tmp_path)
+    monkeypatch.setattr(Local, "submit", lambda *_: None)
+    SweepDriver.of(path, None).tick()
+    SweepDriver.of(path, None).check_begun()
+    with pytest.raises(InputError, match=r"found rates, whose run rates-\w+ was begun with test: 0\.5; allowed"):
+        SweepDriver.of(write_sweep(tmp_path, test=0.25), None).run(lambda _: None)
+    path = write_sweep(tmp_path)
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text() * 2)
+    with pytest.raises(InputError, match=r"was begun with another data\.train and another data\.eval; allowed"):
+        SweepDriver.of(path, None).run(lambda _: None)
+    rows.unlink()
+    SweepDriver.of(path, None).check_begun()  # on a machine without the rows
 
 
 def test_a_job_without_steps_or_held_out_rows_is_refused(tmp_path: Path) -> None:
