@@ -46,7 +46,7 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
         value = function(**arguments)
     except Exception as error:
         kind = type(error).__name__
-        return {"problem": f"raised {kind}{line_of(error)}: {one_line(str(error))}"}
+        return {"problem": f"raised {kind}{raised_in_line(error)}: {one_line(str(error))}"}
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # None, a text, a number without end
@@ -56,7 +56,7 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
     return {"value": number}
 
 
-def line_of(error: Exception) -> str:
+def raised_in_line(error: Exception) -> str:
     """The line of the user's file in which an error came up, or what it called did; empty where there is none."""
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
