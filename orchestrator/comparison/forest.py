@@ -11,7 +11,7 @@ from orchestrator.comparison.ranking import Ranked, Ranking
 _ROW_HEIGHT = 26
 _TOP, _BOTTOM = 10, 40
 _LABELS = 330  # pixels that the names take
-_RIGHT = 190  # pixels that the figures take
+_RIGHT = 230  # pixels that the figures take, of losses up to 99
 _MOST_ROWS = 60  # of more, the best
 _LONGEST_NAME = 44  # characters
 _SPACE = 0.06  # of the range of values, on each side

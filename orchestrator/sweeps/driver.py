@@ -23,7 +23,7 @@ from orchestrator.planning.spec import PlainJob, load_yaml, validate
 from orchestrator.runs import Handle
 from orchestrator.status import Status, statuses
 from orchestrator.submit import submit
-from orchestrator.sweeps.begun import check_reads_same
+from orchestrator.sweeps.checks import check_reads_same, steps_of
 from orchestrator.sweeps.progress import Decision, Move, Reached, TrialState
 from orchestrator.sweeps.rules import SweepPlan
 from orchestrator.sweeps.spec import Sweep, read_sweep
@@ -57,17 +57,12 @@ class SweepDriver:
         sweep = read_sweep(path)
         job_path = path.absolute().parent / sweep.job
         job, folder = read_job(job_path)
-        steps = job.train.steps
-        if steps is None:
-            raise InputError(f"{job_path}: train.steps: found nothing; a sweep compares runs of equally many steps")
-        if not job.data.eval:
-            raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
-        if sweep.test and job.evaluation.goes_by_loss:
-            kept = "evaluation.keep best or stop_after"
-            problem = f"{kept} in a sweep with test rows"
-            allowed = f"neither, or test: 0 in {path}"
-            raise InputError(f"{job_path}: {problem}; allowed: {allowed}")
+        steps = steps_of(sweep, job, path, job_path)
         plan = SweepPlan(sweep, steps)
+        if not plan.rungs and sweep.rule in ("asha", "race"):
+            raise InputError(
+                f"{path}: rungs: found {sweep.rungs}; allowed: a share that is before the last of {steps} steps"
+            )
         written = load_yaml(job_path)
         with_paths = absolute(job, folder)
         submitted = with_paths.dump()

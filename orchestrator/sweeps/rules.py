@@ -23,10 +23,10 @@ from orchestrator.sweeps.progress import (
     those_that_may_go,
 )
 from orchestrator.sweeps.rungs import Rungs
+from orchestrator.sweeps.spec import BETTER_HIGH
 from orchestrator.sweeps.trials import Trial, Variant, variants_of, with_seeds
 from orchestrator.sweeps.widening import best_of_methods, widened
 
-_BETTER_HIGH = "eval_exact_match"
 CANDIDATES = 2  # configurations of a finalist that are run in full
 FIRST_SEEDS = 3  # with which the better one of them is chosen
 
@@ -149,7 +149,7 @@ class SweepPlan(Rungs):
             return {}
         if score is None or not math.isfinite(score):
             score = math.inf
-        elif self.sweep.measure == _BETTER_HIGH:
+        elif self.sweep.measure == BETTER_HIGH:
             score = -score
         return {trial.configuration: score}
 

@@ -9,6 +9,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
 from runfolder.job import JOB_NAME
 
+BETTER_HIGH = "eval_exact_match"  # the measure of which more is better
 Rule = Literal["grid", "random", "asha", "race"]
 AxisValue = str | int | float | bool | None
 PlainSweep = dict[str, Any]  # as YAML has it, before it is validated

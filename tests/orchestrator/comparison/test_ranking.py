@@ -13,8 +13,10 @@ from test_compare import text
 from tracked_runs import tracked
 
 from orchestrator.comparison import report
+from orchestrator.comparison.axis import FULL_WIDTH
 from orchestrator.comparison.compare import Comparison, arrange
 from orchestrator.comparison.conclusion import recommended
+from orchestrator.comparison.forest import forest
 from orchestrator.comparison.measure import MEASURES
 from orchestrator.comparison.outcomes import QualityByRow, ResultsByKey, read_results
 from orchestrator.comparison.places import RankingWish
@@ -229,6 +231,15 @@ def test_the_page_has_the_verdict_and_a_forest_plot() -> None:
     assert page.count('class="estimate') == 3 and 'class="estimate better"' in page
     assert "dora-<x>" not in page and "dora-&lt;x&gt;" in page
     assert page.index("<h2>Results") < page.index("<h2>Differences to the reference") < page.index("<h2>Curves")
+
+
+def test_the_figures_of_a_forest_plot_end_within_it() -> None:
+    losses = np.array([[1.48, 1.5, 1.52], [1.49, 1.52, 1.53]])
+    outcomes = [QualityByRow(("0", "1"), by * losses) for by in (1, 17)]
+    contenders = [Contender(number, str(number), outcome) for number, outcome in enumerate(outcomes)]
+    drawn = forest(rank(contenders, MEASURES[5], 0))
+    found = re.search(r'<text x="(\d+)" y="\d+">(-\d\d\.\d+ \(-\d\d\.\d+ to -\d\d\.\d+\))', drawn)
+    assert found and int(found[1]) + 6.9 * len(found[2]) < FULL_WIDTH  # 12 pixels high, as Chromium draws it
 
 
 def test_a_thousand_runs_are_ranked_and_drawn_soon() -> None:

@@ -193,6 +193,29 @@ def test_a_job_without_steps_or_held_out_rows_is_refused(tmp_path: Path) -> None
         SweepDriver.of(write_sweep(tmp_path), None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"measure": "eval_exact_match"},
+            "max_new_tokens: found 0, and measure eval_exact_match",
+        ),
+        (
+            {"methods": ["lora", "dora"], "reference": "dorra"},
+            "reference: found 'dorra'; allowed: one of",
+        ),
+        ({"rungs": [0.97]}, r"rungs: found \[0\.97\]; allowed: a share that is before the last of 8 steps"),
+    ],
+)
+def test_a_sweep_whose_trials_could_not_be_judged_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
+    make_job(tmp_path, data=data, evaluation={"max_new_tokens": 0}, train={"steps": 8, "batch_tokens": 16})
+    with pytest.raises(InputError, match=message):
+        SweepDriver.of(write_sweep(tmp_path, **changes), None)
+
+
 def test_a_job_that_keeps_its_best_has_no_test_rows(tmp_path: Path) -> None:
     data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
     make_job(tmp_path, data=data, evaluation={"every": 2, "keep": "best"})

@@ -1,14 +1,34 @@
-"""Whether trials that were begun read what their sweep reads now: their ids are digests of settings, not of rows."""
+"""What a sweep asks of its job, and of trials that were begun: their ids are digests of settings, not of rows."""
 
 from pathlib import Path
 
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import input_digests
 from orchestrator.planning.spec import PlainJob
+from orchestrator.sweeps.spec import BETTER_HIGH, Sweep
 from runfolder.digests import Digests
 from runfolder.files import Damaged
 from runfolder.job import Job
 from runfolder.site import Site
+
+
+def steps_of(sweep: Sweep, job: Job, path: Path, job_path: Path) -> int:
+    """The steps of a full run of a sweep's job; raises InputError where it cannot be swept so."""
+    steps = job.train.steps
+    if steps is None:
+        raise InputError(f"{job_path}: train.steps: found nothing; a sweep compares runs of equally many steps")
+    if not job.data.eval:
+        raise InputError(f"{job_path}: data.eval: found nothing; allowed: rows by which trials are judged")
+    if sweep.test and job.evaluation.goes_by_loss:
+        problem = "evaluation.keep best or stop_after in a sweep with test rows"
+        raise InputError(f"{job_path}: {problem}; allowed: neither, or test: 0 in {path}")
+    if sweep.measure == BETTER_HIGH and not job.evaluation.max_new_tokens:
+        problem = f"evaluation.max_new_tokens: found 0, and measure {sweep.measure}, which needs answers, in {path}"
+        raise InputError(f"{job_path}: {problem}; allowed: one of both")
+    kinds = [method.options.get("kind") for method in sweep.methods]
+    if kinds and "reference" in sweep.model_fields_set and sweep.reference not in kinds:
+        raise InputError(f"{path}: reference: found {sweep.reference!r}; allowed: one of the methods")
+    return steps
 
 
 def check_reads_same(plain: PlainJob, run_id: str, site: Site) -> None:
