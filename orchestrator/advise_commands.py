@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, JobArgument
-from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, tell
+from orchestrator.arguments import ClusterOption, GpuOption, JobArgument
+from orchestrator.terminal import Json, clear_count, count_delivered, count_methods, count_rows, print_json, tell
 
 if TYPE_CHECKING:
     from orchestrator.advice.advise import Advice
@@ -23,7 +23,7 @@ def advise_command(
         typer.Option("--budget", metavar="6gpuh", help="Race the methods within this; 20000steps says it in steps."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Begin the race without asking.")] = False,
-    gpu: Annotated[float | None, typer.Option("--gpu", metavar="GIB", help="Memory of other GPUs.")] = None,
+    gpu: GpuOption = None,
     cluster: ClusterOption = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the race's report to this file.")] = None,
     as_json: Json = False,
@@ -31,24 +31,33 @@ def advise_command(
     """Say which methods fit and what evidence supports; with a budget race them, and write the job that won."""
     from orchestrator.advice.advise import advise
 
-    advice = advise(file, progress=count_rows, cluster=cluster, gpu_gib=gpu)
+    advice = advise(file, progress=count_rows, cluster=cluster, gpu=gpu, begun=count_methods)
     clear_count()
     if budget is None:
-        return _show_advice(advice, as_json)
+        return _show_advice(advice, file, as_json)
     _agree_on_race(advice, file, budget, yes)
     return _race(file, cluster, html, as_json)
 
 
-def _show_advice(advice: "Advice", as_json: bool) -> None:
-    """Print the rules and the candidates."""
+def _show_advice(advice: "Advice", file: Path, as_json: bool) -> None:
+    """Print the candidates, the rules, and what to do next."""
+    from orchestrator.advice.what_next import what_next
+
+    step = what_next(advice, file)
     if as_json:
-        return print_json(advice.to_json())
-    from orchestrator.advice.table import candidates_table, rules_table
+        return print_json({**advice.to_json(), "next": step})
+    from rich.markup import escape
+
+    from orchestrator.advice.table import ABOUT, candidates_table, rules_table
     from orchestrator.render import print_markup
+    from trainer.dry_run.fit import LINE_MARGIN
 
     print_markup(candidates_table(advice))
+    if advice.has_rough_figures:
+        print_markup(f"[dim]{ABOUT}: by a fitted line and {LINE_MARGIN:.0%} more; fleetune plan says it to 5 %[/]")
     print_markup("")
-    return print_markup(rules_table(advice))
+    print_markup(rules_table(advice))
+    return print_markup(f"\n[bold]next[/]: {escape(step)}")
 
 
 def _agree_on_race(advice: "Advice", file: Path, budget: str, yes: bool) -> None:

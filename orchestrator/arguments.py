@@ -16,4 +16,8 @@ ClusterOption = Annotated[
     str | None,
     typer.Option("--cluster", metavar="NAME", help="A cluster of the clusters file, or local; submit: also a,b."),
 ]
+GpuOption = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="GPU", help="Other GPUs than those there: GiB like 80, a name, or A100:80."),
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Install the packages of the cluster without asking.")]

@@ -1,6 +1,6 @@
 """What a plan says of memory, in words."""
 
-from orchestrator.comparison.measure import format_bytes
+from orchestrator.comparison.measure import format_bytes, format_hours
 from orchestrator.planning.generations import Generations
 from orchestrator.planning.hours import HoursForecast
 from orchestrator.planning.memory import MemoryFit
@@ -22,28 +22,27 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
     margin = f"{100 * forecast.margin:.0f} % more, and what CUDA takes itself"
     needed = f"{format_bytes(fit.needed)} with {margin}"
     if fit.device is None:
-        fields["fits"] = f"unknown, as no GPU is known (--gpu GIB says its memory); it takes {needed}"
+        fields["fits"] = f"unknown, as no GPU is known (--gpu 80, or a name, says its memory); it takes {needed}"
         return fields
     device = format_bytes(fit.device)
     fields["fits"] = f"{'yes' if fit.fits else 'no'}: {needed}, of {device}"
-    if not fit.fits and not fit.changes:
-        fields["instead"] = "no change is known that would fit"
-    for change in fit.changes:
-        fields.setdefault("instead", "")
-        fields["instead"] += _change_text(change) + "; "
-    if "instead" in fields:
-        fields["instead"] = fields["instead"].removesuffix("; ")
+    if not fit.fits:
+        fields["instead"] = _instead(fit)
     if fit.problem:
         fields["no dry run"] = fit.problem
     return fields
 
 
-def hours_text(hours: HoursForecast) -> str:
-    """How long a job trains, and by what that is known."""
+def hours_text(hours: HoursForecast, changed: HoursForecast | None) -> str:
+    """How long a job trains, with the change that fits where it has to be changed, and by what that is known."""
+    shown = changed or hours
     source = "stated rates, as no run like it has been there"
-    if hours.runs:
-        source = f"{hours.runs} earlier runs like it"
-    return f"about {hours.likely:.2g}, in 9 of 10 runs {hours.low:.2g} to {hours.high:.2g} (by {source})"
+    if shown.runs:
+        source = f"{shown.runs} earlier runs like it"
+    with_change = ", with that change" if changed else ""
+    low = format_hours(shown.low)
+    high = format_hours(shown.high)
+    return f"about {format_hours(shown.likely)}{with_change}; in 9 of 10 runs {low} to {high} (by {source})"
 
 
 def generation_fields(written: Generations) -> dict[str, str]:
@@ -62,8 +61,21 @@ def generation_fields(written: Generations) -> dict[str, str]:
     return fields
 
 
-def _change_text(change: Change) -> str:
-    """What was changed, and what that takes."""
-    verdict = "fits" if change.fits else "does not fit"
-    needed = format_bytes(change.needed)
-    return f"{change.text} {verdict} ({needed})"
+def _instead(fit: MemoryFit) -> str:
+    """The change with which a worker fits; where it is of the method, or there is none, also the least without."""
+    advised = fit.advised
+    same_method = [change for change in fit.changes if "method" not in change.settings]
+    least = min(same_method, key=lambda change: change.needed, default=None)
+    if advised is None:
+        return "no change is known that would fit" + _least_text(least)
+    text = f"{advised.text} fits ({format_bytes(advised.needed)})"
+    if "method" in advised.settings:
+        text += _least_text(least)
+    return text
+
+
+def _least_text(least: Change | None) -> str:
+    """What the job takes least with its own method, where anything was tried."""
+    if least is None:
+        return ""
+    return f"; with its own method the least is {format_bytes(least.needed)}, by {least.text}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption
+from orchestrator.arguments import ClusterOption, GpuOption, JobArgument, RunArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
 
 if TYPE_CHECKING:
@@ -14,18 +14,12 @@ if TYPE_CHECKING:
 
 look_app = typer.Typer()
 
-GpuOption = Annotated[
-    float | None, typer.Option("--gpu", metavar="GIB", min=0.0, help="Memory of a GPU, where none is here.")
-]
-
 
 @look_app.command("plan")
 def plan_command(
     file: JobArgument,
     cluster: ClusterOption = None,
-    gpu: Annotated[
-        float | None, typer.Option("--gpu", metavar="GIB", help="Memory of a GPU, where none is here.")
-    ] = None,
+    gpu: GpuOption = None,
     sets: SetOption = None,
     as_json: Json = False,
 ) -> None:

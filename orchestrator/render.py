@@ -206,20 +206,29 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     if plan.fit is not None:
         fields |= fit_fields(plan.fit)
     elif not plan.has_gpus:
-        fields["fits"] = "not asked, as its workers have no GPU; --gpu GIB or --cluster NAME says where they have"
+        fields["fits"] = "not asked, as its workers have no GPU; --gpu H100 or --cluster NAME says where they have"
     if plan.generations is not None:
         fields |= generation_fields(plan.generations)
     if plan.hours is not None:
-        fields["hours"] = hours_text(plan.hours)
+        fields["time"] = hours_text(plan.hours, plan.hours_changed)
+    elif plan.has_gpus and plan.steps:
+        fields["time"] = "not foretold, as it is not known what such a GPU does (--gpu H100 names one that is known)"
     return fields
 
 
 def _steps_text(plan: Plan) -> str:
     if not plan.steps:
         return "unknown until the data is read"
-    if plan.steps_estimated:
-        return f"about {plan.steps:,} (estimated)"
-    return f"{plan.steps:,}"
+    steps = f"about {plan.steps:,} (estimated)" if plan.steps_estimated else f"{plan.steps:,}"
+    if plan.epochs is not None:
+        steps += f", {_epochs_text(plan.epochs)}"
+    return steps
+
+
+def _epochs_text(epochs: float) -> str:
+    if epochs == 1:
+        return "1 epoch"
+    return f"{epochs:,.0f} epochs" if epochs >= 10 else f"{epochs:.2g} epochs"
 
 
 def _size_fields(sizes: Sizes) -> dict[str, str]:

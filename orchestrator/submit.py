@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from clusters.base import (
-    Capacity,
     CapacityNotTold,
     Cluster,
     ClusterRequest,
@@ -30,6 +29,7 @@ from orchestrator.clusters_file import default_cluster
 from orchestrator.control import withdrawn
 from orchestrator.errors import InputError, JobRefused, RunEnded
 from orchestrator.planning.freeze import JobSource, Sent, frozen_training, read_job
+from orchestrator.planning.place import UNTOLD
 from orchestrator.planning.preflight import Findings, check_job
 from orchestrator.planning.survey import SourceProgress
 from orchestrator.runs import RUN_ID, name_of, new_id, remember, remembered_cluster
@@ -229,7 +229,7 @@ def _checked(job: Job, cluster: Cluster, progress: SourceProgress) -> Findings:
     try:
         capacity = cluster.capacity()
     except CapacityNotTold as error:
-        capacity = Capacity("gpu", 0, 0)  # for which nothing is warned of
+        capacity = UNTOLD
         unknown = (f"resources: whether the job fits is not known ({error})",)
     found = check_job(job, progress, capacity, is_here=False)
     return replace(found, warnings=found.warnings + unknown)

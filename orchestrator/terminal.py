@@ -83,6 +83,12 @@ def count_answers(done: int, total: int) -> None:
         _replace_line(f"{done:,} of {total:,} questions answered")
 
 
+def count_methods(method: str, number: int, of: int) -> None:
+    """Show which method is planned of how many, where somebody watches."""
+    if sys.stderr.isatty():
+        _replace_line(f"planning {method}, {number} of {of} methods")
+
+
 def _replace_line(text: str) -> None:
     """Write a line over the one before, on a terminal's standard error."""
     line = f"\x1b[2K{text}"

@@ -9,7 +9,7 @@ from runfolder.job import Job
 from trainer.base import load_config
 from trainer.data.longest import LongestPass
 from trainer.data.survey import lengths_sample
-from trainer.dry_run.fit import DRY_RUN_MARGIN, Forecast, changes_that_fit
+from trainer.dry_run.fit import DRY_RUN, DRY_RUN_MARGIN, Forecast, changes_that_fit
 from trainer.dry_run.process import BytesByPart, DryRunFailed, DryRunner, DryRunProcess
 from trainer.embeddings import vocabulary
 from trainer.kernels.fast import is_fast
@@ -109,11 +109,11 @@ def changes_by(run: Run, process: DryRunProcess, device: int, foretold: BytesByP
         return f"what would fit is not known: {error}"
     bytes_of_job = sum(of_job.values())
     factor = max(1.0, device / bytes_of_job)  # it took all that there is, and more
-    now = Forecast(of_job, "dry run", DRY_RUN_MARGIN, factor)
+    now = Forecast(of_job, DRY_RUN, DRY_RUN_MARGIN, factor)
 
     def found(changed: Job) -> Forecast:
         of_change = parts(changed)
-        return Forecast(of_change, "dry run", DRY_RUN_MARGIN, factor)
+        return Forecast(of_change, DRY_RUN, DRY_RUN_MARGIN, factor)
 
     tried = changes_that_fit(job, found, device, now)
     if not tried:

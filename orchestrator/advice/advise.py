@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.advice.candidates import MethodCandidate, candidates, situation_of
+from orchestrator.advice.candidates import CandidateProgress, MethodCandidate, candidates, situation_of
 from orchestrator.advice.evidence import Recommendation, rules_for
 from orchestrator.advice.race import Race, budget_in_steps, race_file_of, race_of
 from orchestrator.comparison.compare import Comparison
@@ -40,6 +40,12 @@ class Advice:
                 racing.append(candidate)
         return racing
 
+    @property
+    def has_rough_figures(self) -> bool:
+        """Whether memory is foretold by a fitted line for some."""
+        rough = [candidate for candidate in self.candidates if candidate.is_rough]
+        return bool(rough)
+
     def to_json(self) -> dict[str, Any]:
         """The advice as plain data, for JSON."""
         rules = [rule.to_json() for rule in self.rules]
@@ -54,14 +60,18 @@ def advise(
     overrides: Iterable[str] = (),
     progress: SourceProgress = lambda _source, _rows: None,
     cluster: str | None = None,
-    gpu_gib: float | None = None,
+    gpu: str | None = None,
+    begun: CandidateProgress = lambda _kind, _number, _of: None,
 ) -> Advice:
-    """Plan every method for the job in a file, and say what evidence supports; raises InputError."""
+    """Plan every method for the job in a file, and say what evidence supports; raises InputError.
+
+    `progress` is called with a data source and the number of its rows that are looked at, `begun` with each method.
+    """
     job, _ = read_job(path, overrides)
     with DryRunProcess() as process:
-        planner = planner_of(job, process, progress, cluster, gpu_gib)
+        planner = planner_of(job, process, progress, cluster, gpu)
         roughly = planner._replace(roughly=True)
-        found = candidates(roughly, job)
+        found = candidates(roughly, job, begun)
     situation = situation_of(roughly, job, found)
     rules = rules_for(situation)
     return Advice(job, rules, found)

@@ -1,6 +1,6 @@
 """Methods that a job could take: each planned on the same base, rows and hardware, or left out, with the reason."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,11 +12,13 @@ from orchestrator.planning.base import misfits
 from orchestrator.planning.plan import Plan, Planner
 from orchestrator.planning.spec import validate
 from runfolder.job import Job
+from trainer.dry_run.fit import FITTED_LINE
 
 REFERENCE = "lora"
+CandidateProgress = Callable[[str, int, int], None]  # a method, its number, and how many there are
 # The order in which methods are worth a place in a race, by what others measured; those that are not here come last.
 _ORDER = ("lora", "full", "rslora", "dora", "adalora", "ia3", "vera", "galore", "bottleneck", "relora", "qlora")
-_TOO_LITTLE_DATA = f"full is not known to win below {TOKENS_FOR_FULL:,} tokens of training (arXiv 2405.09673)"
+_TOO_LITTLE_DATA = f"full is not known to win below {TOKENS_FOR_FULL:,} tokens of text (arXiv 2405.09673)"
 _FITS_IN_16_BITS = "lora fits in 16 bits, and a base in 4 bits is a slightly worse model"
 
 
@@ -28,6 +30,13 @@ class MethodCandidate:
     options: dict[str, Any]
     plan: Plan | None
     reason: str | None
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether its memory is foretold by a fitted line."""
+        if self.plan is None or self.plan.fit is None:
+            return False
+        return self.plan.fit.forecast.source == FITTED_LINE
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as plain data, for JSON."""
@@ -42,6 +51,7 @@ class MethodCandidate:
         plain["lr"] = self.plan.lr
         plain["trained"] = figures.trained
         plain["needed_bytes"] = figures.needed
+        plain["roughly"] = self.is_rough
         plain["hours"] = figures.hours
         return plain
 
@@ -68,10 +78,11 @@ def foretold(plan: Plan) -> ForetoldFigures:
     return ForetoldFigures(trained, needed, hours)
 
 
-def candidates(planner: Planner, job: Job) -> list[MethodCandidate]:
-    """All methods, those that are worth a place in a race first."""
+def candidates(planner: Planner, job: Job, begun: CandidateProgress) -> list[MethodCandidate]:
+    """All methods, those that are worth a place in a race first; `begun` is called before each is planned."""
     found = []
-    for kind in sorted(KINDS, key=_preference):
+    for number, kind in enumerate(sorted(KINDS, key=_preference), 1):
+        begun(kind, number, len(KINDS))
         candidate = _planned_candidate(planner, job, kind)
         found.append(candidate)
     return _by_evidence(found, job, planner)
@@ -81,7 +92,10 @@ def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -
     """What rules depend on, as far as it is known."""
     findings = planner.findings
     by_kind = {candidate.kind: candidate for candidate in found}
-    lora = by_kind[REFERENCE]
+    rates = {}
+    for kind, candidate in by_kind.items():
+        options = KINDS[kind].model_validate(candidate.options)
+        rates[kind] = options.rate(findings.model.hidden_size)
     train = findings.train
     sequences = None
     if train and train.count and train.tokens:
@@ -90,20 +104,30 @@ def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -
     eval_rows = None
     if findings.eval is not None:
         eval_rows = findings.eval.count
-    tokens = _training_tokens(job, planner)
-    plan = lora.plan
-    if plan is None:
-        hidden_size = findings.model.hidden_size
-        options = KINDS[REFERENCE].model_validate(lora.options)
-        rate = options.rate(hidden_size)
-        return Situation(rate, None, tokens, sequences, eval_rows, None)
     parameters = None
-    lora_fits = None
-    if plan.sizes is not None:
+    plan = by_kind[REFERENCE].plan
+    if plan is not None and plan.sizes is not None:
         parameters = plan.sizes.parameters
-    if plan.fit is not None:
-        lora_fits = plan.fit.fits
-    return Situation(plan.lr, parameters, tokens, sequences, eval_rows, lora_fits)
+    return Situation(
+        rates=rates,
+        parameters=parameters,
+        tokens=_tokens_of_text(job, planner),
+        sequences=sequences,
+        eval_rows=eval_rows,
+        lora_fits=_fits(by_kind[REFERENCE]),
+        full_fits=_fits(by_kind["full"]),
+    )
+
+
+def _fits(candidate: MethodCandidate) -> bool | None:
+    """Whether a worker fits with a method, as the job is or changed in other settings; None where nobody knows."""
+    plan = candidate.plan
+    if plan is None or plan.fit is None:
+        return None
+    change = plan.fit.advised
+    if change is not None and "method" not in change.settings:
+        return True
+    return plan.fit.fits
 
 
 def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate:
@@ -133,21 +157,18 @@ def _why_it_does_not_fit(plan: Plan) -> str | None:
         return None
     if fit.fits:
         return None
-    needed = format_bytes(fit.needed)
     device = format_bytes(fit.device)
-    reason = f"does not fit: it takes {needed} of {device}"
-    for change in fit.changes:
-        if change.fits:
-            needed = format_bytes(change.needed)
-            return f"{reason}; with {change.text} {needed}"
-    return reason
+    if fit.advised is None or "method" in fit.advised.settings:
+        return f"too large for {device}"
+    needed = format_bytes(fit.advised.needed)
+    return f"too large for {device}; {fit.advised.text} takes {needed}"
 
 
 def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -> list[MethodCandidate]:
     """The candidates, of which those are left out that evidence speaks against here."""
     by_kind = {candidate.kind: candidate for candidate in found}
     against = {}
-    tokens = _training_tokens(job, planner)
+    tokens = _tokens_of_text(job, planner)
     if tokens is not None and tokens < TOKENS_FOR_FULL:
         against["full"] = _TOO_LITTLE_DATA
     if by_kind[REFERENCE].reason is None:
@@ -161,14 +182,17 @@ def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -
     return judged
 
 
-def _training_tokens(job: Job, planner: Planner) -> int | None:
-    """The tokens of a training, over all of its steps; None where that is not known from here."""
+def _tokens_of_text(job: Job, planner: Planner) -> int | None:
+    """The tokens of different text that a training sees, however often; None where that is not known from here."""
+    of_steps = None
     if job.train.steps is not None:
-        return job.train.steps * job.train.batch_tokens
+        of_steps = job.train.steps * job.train.batch_tokens
     train = planner.findings.train
-    if train is None or job.train.epochs is None:
-        return None
-    return round(job.train.epochs * train.tokens)
+    if train is None:
+        return of_steps
+    if of_steps is None:
+        return round(min(1.0, job.train.epochs or 1.0) * train.tokens)
+    return min(of_steps, train.tokens)
 
 
 def _preference(kind: str) -> tuple[int, str]:

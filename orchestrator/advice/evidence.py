@@ -1,12 +1,13 @@
 """Rules that evidence supports, each with its source and its strength, for a base, an amount of data and hardware."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 Strength = Literal["strong", "medium", "weak", "folklore"]
 TOKENS_FOR_FULL = 100_000_000  # of training, below which full fine-tuning has not been seen to win
+_WITH_HIGH_RATES = ("ia3", "vera", "prefix", "prompt", "ptuning")
 _MANY_SEQUENCES = 32  # of a batch
 _TINKER = "482 public runs of Tinker's cookbook (tulu3, 35 bases, one seed)"
 _PEFT = "PEFT's method_comparison (MetaMathQA to GSM8K, Llama-3.2-3B, one seed)"
@@ -35,15 +36,17 @@ class Recommendation:
 class Situation:
     """What rules depend on; None for what is not known from here.
 
-    `tokens`: of the training, over all steps; `sequences`: of a batch; `lora_fits`: on the hardware.
+    `rates`: the default of each method on this base; `tokens`: of different text that the training sees; `sequences`:
+    of a batch; `lora_fits`, `full_fits`: on the hardware.
     """
 
-    lora_rate: float
+    rates: Mapping[str, float]
     parameters: int | None
     tokens: int | None
     sequences: float | None
     eval_rows: int | None
     lora_fits: bool | None
+    full_fits: bool | None
 
 
 def rules_for(situation: Situation) -> list[Recommendation]:
@@ -70,7 +73,9 @@ def _of_methods(situation: Situation) -> Iterator[Recommendation]:
     )
     tokens = situation.tokens
     if tokens is not None and tokens < TOKENS_FOR_FULL:
-        advice = f"take an adapter: {tokens:,} tokens of training are few for full, which was no better on so many"
+        advice = f"take an adapter: {tokens:,} tokens of text are few for full, which was no better on so many"
+    elif situation.full_fits is False:
+        advice = "take an adapter, as full does not fit here: with much new text it would learn more, and forget more"
     else:
         advice = "try full beside lora: with much new text it learns more, and forgets more"
     yield Recommendation("full or an adapter", advice, "medium", f"Biderman et al. 2024, arXiv 2405.09673; {_PEFT}")
@@ -92,19 +97,29 @@ def _of_methods(situation: Situation) -> Iterator[Recommendation]:
 
 def _of_rates(situation: Situation) -> Iterator[Recommendation]:
     """Which learning rates to begin with."""
-    rate = situation.lora_rate
+    rates = situation.rates
+    rate = rates["lora"]
     low = 0.3 * rate
     high = 3 * rate
+    tenth = rate / 10
+    full_rate = rates["full"]
+    ratios = [rates[kind] / rate for kind in _WITH_HIGH_RATES]
+    times = f"{min(ratios):.0f} to {max(ratios):.0f} times LoRA's"
     yield Recommendation(
         "the rate of LoRA",
         f"start at {rate:.2g}, and try {low:.2g} and {high:.2g}: three times too far costs about 0.4 % of test loss",
         "strong",
         _TINKER,
     )
-    yield Recommendation("the rate of full", "a tenth of LoRA's", "strong", _SCHULMAN)
+    yield Recommendation(
+        "the rate of full",
+        f"start at {full_rate:.2g}, and try {tenth:.2g}: a tenth of LoRA's was best in one careful study",
+        "strong",
+        _SCHULMAN,
+    )
     yield Recommendation(
         "rates of prompt kinds, ia3 and vera",
-        "10 to 100 times LoRA's: at LoRA's rate they look far worse than they are",
+        f"start at those of the table, {times}: at LoRA's rate they look far worse than they are",
         "strong",
         f"{_PEFT}: ia3 31 to 45 %, prefix 18 to 42 %, prompt 6 to 34 %",
     )

@@ -1,7 +1,7 @@
 """A race of candidates within a budget, written as a sweep.yaml: sweeps plan it, drive it and judge it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -48,43 +48,74 @@ def budget_in_steps(text: str, job: Job, racing: Sequence[MethodCandidate]) -> i
         return int(amount)
     slowest = 0.0
     for candidate in racing:
-        plan = candidate.plan
-        if plan is None or plan.hours is None or not plan.steps:
+        of_step = gpu_hours_of_step(candidate, job)
+        if of_step is None:
             raise InputError(
                 f"--budget: found {text!r}, and nobody knows how long {candidate.kind} takes here; "
                 "allowed: steps of training like 20000steps"
             )
-        hours = plan.hours.likely * job.resources.world_size
-        slowest = max(slowest, hours / plan.steps)
+        slowest = max(slowest, of_step)
     return int(amount / slowest)
+
+
+def gpu_hours_of_step(candidate: MethodCandidate, job: Job) -> float | None:
+    """The hours of GPUs that a step takes with a candidate; None where that is not known."""
+    plan = candidate.plan
+    if plan is None or plan.hours is None or not plan.steps:
+        return None
+    return plan.hours.likely * job.resources.world_size / plan.steps
 
 
 def race_of(job: Job, racing: Sequence[MethodCandidate], budget: int, job_file: Path) -> Race:
     """The race of as many of the candidates, which come best first, as a budget allows; raises InputError."""
+    least = 0
+    for race in _races(job, racing, budget, job_file):
+        least = race.most_steps
+        if least <= budget:
+            return race
+    allowed = f"{least:,} or more, which a race of {_ordered(racing)[0].kind} and one other method takes"
+    raise InputError(f"--budget: found {budget:,} steps; allowed: {allowed}")
+
+
+def budget_range(job: Job, racing: Sequence[MethodCandidate], job_file: Path) -> tuple[int, int]:
+    """The steps of the smallest race of the candidates and of the largest; raises InputError where there is none."""
+    races = _races(job, racing, 1, job_file)
+    steps = [race.most_steps for race in races]
+    least = min(steps)
+    most = max(steps)
+    return least, most
+
+
+def _races(job: Job, racing: Sequence[MethodCandidate], budget: int, job_file: Path) -> Iterator[Race]:
+    """The races of the candidates, the largest first; raises InputError where the job allows none."""
     race_file = race_file_of(job_file)
     steps = job.train.steps
     if steps is None:
         raise InputError("train.steps: found nothing; a race compares runs of equally many steps")
     if not job.data.eval:
         raise InputError("data.eval: found nothing; allowed: rows by which a race is judged")
-    ordered = sorted(racing, key=lambda candidate: candidate.kind != REFERENCE)
+    ordered = _ordered(racing)
     if len(ordered) < _FEWEST_METHODS:
         raise InputError("fewer than two methods can be raced: see the reasons why others are left out")
-    least = 0
     for seeds, finalists in product(_SEEDS, _FINALISTS):
         for count in range(len(ordered), _FEWEST_METHODS - 1, -1):
-            plain = _plain_sweep(job, ordered[:count], seeds, finalists, budget, job_file.name)
+            raced = ordered[:count]
+            plain = _plain_sweep(job, raced, seeds, finalists, budget, job_file.name)
             sweep = sweep_of(plain, race_file)
-            least = most_steps(SweepPlan(sweep, steps), count)
-            if least <= budget:
-                kinds = []
-                for candidate in ordered[:count]:
-                    kinds.append(candidate.kind)
-                return Race(plain, tuple(kinds), least)
-    raise InputError(
-        f"--budget: found {budget:,} steps; allowed: {least:,} or more, which a race of {ordered[0].kind} and one "
-        "other method takes"
-    )
+            kinds = tuple(candidate.kind for candidate in raced)
+            yield Race(plain, kinds, most_steps(SweepPlan(sweep, steps), count))
+
+
+def _ordered(racing: Sequence[MethodCandidate]) -> list[MethodCandidate]:
+    """The candidates with the reference first."""
+    reference = []
+    others = []
+    for candidate in racing:
+        if candidate.kind == REFERENCE:
+            reference.append(candidate)
+        else:
+            others.append(candidate)
+    return reference + others
 
 
 def most_steps(plan: SweepPlan, methods: int) -> int:

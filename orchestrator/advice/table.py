@@ -4,7 +4,9 @@ from rich.table import Table
 
 from orchestrator.advice.advise import Advice
 from orchestrator.advice.candidates import MethodCandidate, foretold
-from orchestrator.comparison.measure import format_bytes, format_count
+from orchestrator.comparison.measure import format_bytes, format_count, format_hours
+
+ABOUT = "~"  # before what is only roughly known
 
 
 def rules_table(advice: Advice) -> Table:
@@ -20,7 +22,7 @@ def rules_table(advice: Advice) -> Table:
 def candidates_table(advice: Advice) -> Table:
     """The methods: what each would train, take and last, or why it is left out."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("method", "rate", "trained", "memory", "hours", "left out"):
+    for heading in ("method", "rate", "trained", "memory", "time", "left out"):
         table.add_column(heading)
     for candidate in advice.candidates:
         cells = _figures(candidate)
@@ -41,7 +43,9 @@ def _figures(candidate: MethodCandidate) -> list[str]:
         trained = format_count(figures.trained)
     if figures.needed is not None:
         memory = format_bytes(figures.needed)
+        if candidate.is_rough:
+            memory = f"{ABOUT}{memory}"
     if figures.hours is not None:
-        hours = f"{figures.hours:.2g}"
+        hours = format_hours(figures.hours)
     rate = f"{plan.lr:.2g}"
     return [rate, trained, memory, hours]

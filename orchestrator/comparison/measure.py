@@ -49,6 +49,15 @@ def format_bytes(value: float) -> str:
     return f"{value:.2f} GiB"
 
 
+def format_hours(hours: float) -> str:
+    """Hours that are a forecast, with two digits: 45 s, 12 min, 3.1 h, 140 h."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    if hours < 1:
+        return f"{60 * hours:.2g} min"
+    return f"{hours:.2g} h" if hours < 100 else f"{hours:,.0f} h"
+
+
 def format_duration(value: float) -> str:
     """Seconds, as 4.2 s, 3 m 05 s or 2 h 10 m."""
     if value < 60:

@@ -26,8 +26,11 @@ def find_model(job: Job) -> Model:
     return find_base(job.base)
 
 
-def find_base(base: Base) -> Model:
-    """A base in its folder, the cache, or on the hub; raises InputError when it could not be loaded."""
+def find_base(base: Base, by_config: bool = False) -> Model:
+    """A base in its folder, the cache, or on the hub; raises InputError when it could not be loaded.
+
+    `by_config`: a folder with config.json and no weights does, as for a plan.
+    """
     folder = folder_of_base(base)
     if folder is not None and not (folder / "config.json").exists():
         reason = base_folder.without_config(folder)
@@ -35,7 +38,7 @@ def find_base(base: Base) -> Model:
     model = locate(base)
     if model is None:
         model = _on_hub(base)
-    problem = _unusable(base, model)
+    problem = _unusable(base, model, by_config)
     if problem is not None:
         where = model.folder or base.model
         raise InputError(f"base.model: {where}: {problem}")
@@ -52,12 +55,14 @@ def _on_hub(base: Base) -> Model:
     return Model(config, None, base.init == "scratch")
 
 
-def _unusable(base: Base, model: Model) -> str | None:
+def _unusable(base: Base, model: Model, by_config: bool) -> str | None:
     """Why a base cannot be loaded and trained; None where it can."""
     problem = unfit(model.config) or foreign_code(model.config)
     if problem is None and not model.scratch:
         problem = _quantised(model)
     folder = Path(base.model)
+    if by_config and base_folder.has_config_alone(folder):
+        return problem
     if problem is None and folder.is_dir():  # a cached snapshot is completed by the trainer
         problem = base_folder.lacks(model, folder)
     return problem
@@ -120,6 +125,8 @@ def base_warnings(job: Job, model: Model) -> list[str]:
         texts.append(f"its own code (auto_map) is not run; transformers' own {kind} is")
     if _holds_adapter(model):
         texts.append(f"it holds an adapter too ({ADAPTER_CONFIG}), which is left out")
+    if model.folder == Path(job.base.model) and not model.scratch and not model.tensors:
+        texts.append("no weights lie there: planned by config.json alone, and a run needs them")
     if model.unread:
         texts.append(_about_unread(model.unread))
     new = vocabulary.tokens_without_embedding(model)

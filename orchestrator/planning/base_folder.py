@@ -55,15 +55,27 @@ def _base_of_adapter(folder: Path) -> object:
         return None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds what makes tokens of text."""
+    files = set()
+    for name in TOKENIZERS:
+        files.add(folder / name)
+    return any(map(Path.is_file, files))
+
+
+def has_config_alone(folder: Path) -> bool:
+    """Whether a folder holds what a base looks like, and no weights of any library, nor an adapter."""
+    for name in (ADAPTER_CONFIG, "model.safetensors.index.json"):
+        if (folder / name).exists():
+            return False
+    return not _other_weights(folder)
+
+
 def lacks(model: Model, folder: Path) -> str | None:
     """What a user's own folder lacks of all that is loaded; a cached snapshot is completed by the trainer."""
-    files = []
-    for name in TOKENIZERS:
-        files.append(folder / name)
-    has_tokenizer = any(map(Path.is_file, files))
     if not model.scratch and not weight_files(folder):
-        return _without_weights(folder, has_tokenizer)
-    if not has_tokenizer:
+        return _without_weights(folder)
+    if not has_tokenizer(folder):
         names = ", ".join(TOKENIZERS)
         return f"no tokenizer; allowed: one of {names}"
     if model.scratch or model.in_4_bits:
@@ -71,14 +83,14 @@ def lacks(model: Model, folder: Path) -> str | None:
     return _unlike_config(model)
 
 
-def _without_weights(folder: Path, has_tokenizer: bool) -> str:
+def _without_weights(folder: Path) -> str:
     """What a folder with config.json holds instead of the weights that are read."""
     if (folder / ADAPTER_CONFIG).exists():
         return _an_adapter(folder)
     weights = _other_weights(folder)
     if not weights:
         hint = " and no tokenizer"
-        if has_tokenizer:
+        if has_tokenizer(folder):
             hint = "; say base.init: scratch to start from random weights"
         return f"no model.safetensors (nor its index){hint}"
     names = _first_of(weights)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 from clusters.base import Capacity
 from clusters.config import MOST_GIB
 from orchestrator.errors import InputError
-from trainer.devices import memory_of_name
+from trainer.devices import GPU_MODELS, bytes_of, memory_of_name, model_of_name
 
 _ASK_DEVICE = ("nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits")
 _DRIVER_S = 10.0
 _MIB = 2**20
-_GIB = 2**30
 
 
 class Device(NamedTuple):
@@ -22,25 +21,39 @@ class Device(NamedTuple):
     memory: int | None = None
 
 
-def check_gib(said: float | None) -> None:
-    """Raise InputError where what somebody said of a GPU's memory is no size."""
-    if said is None:
-        return
-    is_size = 0 < said <= MOST_GIB
-    if not is_size:
-        raise InputError(f"gpu: found {said:g}; allowed: the GiB of a GPU, above 0 and at most {MOST_GIB:,}")
+def device_said(text: str | None) -> Device:
+    """The GPU that somebody says: by its GiB, by its name, or by both, like 80, H100 or A100:80.
+
+    Raises InputError for a name that is not known and has no GiB, and for what is no size.
+    """
+    if text is None:
+        return Device()
+    name, colon, size = text.strip().rpartition(":")
+    if not colon and model_of_name(size) is not None:
+        return Device(size, memory_of_name(size))
+    try:
+        gib = float(size)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib <= MOST_GIB:
+        known = ", ".join(GPU_MODELS)
+        allowed = f"GiB like 80 (at most {MOST_GIB:,}), one of {known}, or a name with its GiB like A100:80"
+        raise InputError(f"--gpu: found {text!r}; allowed: {allowed}")
+    return Device(name.strip() or None, bytes_of(gib))
 
 
-def planned_device(capacity: Capacity, is_here: bool, said_gib: float | None) -> Device:
-    """The GPU of a place: its memory is what somebody said, what the cluster tells, or what its name stands for."""
-    device = Device(capacity.gpu, capacity.gpu_bytes)
-    if is_here and device == Device():
-        device = device_here()
-    if said_gib is not None:
-        return device._replace(memory=int(said_gib * _GIB))
-    if device.memory is None and device.name is not None:
-        return device._replace(memory=memory_of_name(device.name))
-    return device
+def planned_device(capacity: Capacity, is_here: bool, said: Device) -> Device:
+    """The GPU of a place: what somebody said of it, then what the cluster tells, then what its name stands for."""
+    told = Device(capacity.gpu, capacity.gpu_bytes)
+    if said.name is not None:
+        told = Device(said.name, memory_of_name(said.name))
+    elif is_here and told == Device():
+        told = device_here()
+    if said.memory is not None:
+        return told._replace(memory=said.memory)
+    if told.memory is None and told.name is not None:
+        return told._replace(memory=memory_of_name(told.name))
+    return told
 
 
 def device_here() -> Device:

@@ -14,7 +14,7 @@ from orchestrator.planning.model import Model
 from orchestrator.planning.sizes import sizes
 from runfolder.job import Job
 from trainer.data.survey import Sample
-from trainer.dry_run.fit import LINE_MARGIN, Forecast
+from trainer.dry_run.fit import FITTED_LINE, LINE_MARGIN, Forecast
 
 LINES = Path(__file__).parent / "memory_lines.json"
 LABELS_HELD = 2048  # labels whose logits the fast path holds at most
@@ -57,7 +57,7 @@ def fitted(job: Job, model: Model, sample: Sample | None, precision: str, fast: 
         "activations": int(activations),
         "logits": int(logits),
     }
-    return Forecast(parts, "fitted line", LINE_MARGIN)
+    return Forecast(parts, FITTED_LINE, LINE_MARGIN)
 
 
 def line_name(job: Job, fast: bool) -> str:

@@ -11,7 +11,7 @@ from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from runfolder.job import Job
 from trainer.data.survey import Sample
-from trainer.dry_run.fit import Change, Find, Forecast, changes_that_fit
+from trainer.dry_run.fit import DRY_RUN, Change, Find, Forecast, changes_that_fit
 from trainer.dry_run.process import DryRunFailed, DryRunner, DryRunProcess, can_dry_run
 
 CorrectionOf = Callable[[Job], PastRatios]
@@ -31,6 +31,13 @@ class MemoryFit:
     fits: bool | None
     changes: tuple[Change, ...]
     problem: str | None
+
+    @property
+    def advised(self) -> Change | None:
+        """The change with which it fits; None where it does as it is, or with none that is known."""
+        if self.changes and self.changes[-1].fits:
+            return self.changes[-1]
+        return None
 
     def dump(self) -> dict[str, Any]:
         """The fit as plain data, for JSON."""
@@ -106,7 +113,7 @@ def _dry_fit(job: Job, runner: DryRunner, kinds: Numerics, device: int | None, c
         past = corrected(changed)
         margin = past.margin
         factor = past.factor
-        return Forecast(parts, "dry run", margin, factor, past.runs)
+        return Forecast(parts, DRY_RUN, margin, factor, past.runs)
 
     forecast = tried(job)
     return _with_changes(job, forecast, tried, device, None)

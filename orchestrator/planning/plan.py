@@ -5,22 +5,19 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, NamedTuple
 
-from clusters.base import Capacity
-from clusters.machine import total_capacity
-from orchestrator.backends import CLUSTERS, config_of, make_request, open_cluster
-from orchestrator.planning.device import Device, check_gib, planned_device
-from orchestrator.planning.earlier import PastRatios, correction_of, earlier_costs
+from orchestrator.planning.device import device_said
+from orchestrator.planning.earlier import PastRatios, correction_of
 from orchestrator.planning.freeze import JobSource, read_job
 from orchestrator.planning.generations import Generations, generations
 from orchestrator.planning.hours import HoursForecast, hours
 from orchestrator.planning.memory import MemoryFit, fit
+from orchestrator.planning.place import PlannedPlace, planned_place
 from orchestrator.planning.preflight import Findings, check_job, has_gpus
-from orchestrator.planning.sizes import Sizes, host_bytes, planned_kernels, planned_precision, sizes
+from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precision, sizes
 from orchestrator.planning.survey import SourceProgress, SourceRows
-from orchestrator.runs import new_id
-from runfolder.costs import Costs
 from runfolder.job import Job
 from trainer.data.survey import Sample
+from trainer.dry_run.fit import with_setting
 from trainer.dry_run.process import DryRunFailed, DryRunProcess, can_dry_run
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
@@ -30,7 +27,7 @@ _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known
 class Plan:
     """What would run. Sizes are None for a base whose shapes cannot be known from here.
 
-    `fit` and `hours` are None where workers have no GPU, and `hours` where nobody knows what it can do. `request` is
+    `fit` and hours are None where workers have no GPU, and hours where nobody knows what it can do. `request` is
     the text that a named cluster would be given; another run id stands in it at every call.
     """
 
@@ -52,10 +49,12 @@ class Plan:
     micro_batches: int  # forward passes per worker and step, when every batch is full
     steps: int | None
     steps_estimated: bool
+    epochs: float | None  # how often it sees each row, as far as that is known
     sizes: Sizes | None
     has_gpus: bool  # whether each worker has one
     fit: MemoryFit | None
     hours: HoursForecast | None
+    hours_changed: HoursForecast | None  # with the change of the job that fits, where it does not
     generations: Generations | None  # what it writes itself, where it learns from that
     request: str | None
     warnings: tuple[str, ...]
@@ -73,59 +72,40 @@ def plan(
     overrides: Iterable[str] = (),
     progress: SourceProgress = lambda _source, _rows: None,
     cluster: str | None = None,
-    gpu_gib: float | None = None,
+    gpu: str | None = None,
 ) -> Plan:
     """The plan of a job; raises InputError when it could not run.
 
-    `progress` is called with a data source and the number of its rows that are looked at. `gpu_gib`: the memory of
-    the GPUs, where they are not this machine's.
+    `progress` is called with a data source and the number of its rows that are looked at. `gpu`: the GPUs, where they
+    are not those of the cluster or of this machine, by their GiB, their name or both: 80, H100, A100:80.
     """
     job, _ = read_job(source, overrides)
     with DryRunProcess() as process:
-        planner = planner_of(job, process, progress, cluster, gpu_gib)
+        planner = planner_of(job, process, progress, cluster, gpu)
         return planner.plan(job)
 
 
 def planner_of(
-    job: Job, process: DryRunProcess, progress: SourceProgress, cluster: str | None, gpu_gib: float | None
+    job: Job, process: DryRunProcess, progress: SourceProgress, cluster: str | None, gpu: str | None
 ) -> "Planner":
     """Look at the base and the rows of a job, and at the place where it would run; raises InputError.
 
     The process, which will make the planner's dry runs, starts meanwhile.
     """
-    check_gib(gpu_gib)
-    place = _planned_place(job, cluster)
-    capacity, is_here = place.capacity, place.is_here
-    kind = "gpu"
-    if gpu_gib is None:
-        kind = capacity.kind
+    place = planned_place(job, cluster, device_said(gpu))
+    kind = place.capacity.kind
     if has_gpus(job, kind) and can_dry_run():
         process.start()
-    findings = check_job(job, progress, capacity, is_here)
-    device = planned_device(capacity, is_here, gpu_gib or place.gpu_gib)
-    return Planner(findings, place, kind, device, process)
-
-
-class _Place(NamedTuple):
-    """Where a job would run: what workers find there, whether its files are this machine's, and what it is given.
-
-    `earlier` is what the newest runs there have cost, `gpu_gib` the memory of a GPU there as its user says.
-    """
-
-    capacity: Capacity
-    is_here: bool
-    request: str | None
-    earlier: list[Costs]
-    gpu_gib: float | None
+    findings = check_job(job, progress, place.capacity, place.is_here, by_config=True)
+    return Planner(findings, place, kind, process)
 
 
 class Planner(NamedTuple):
     """What is known of a base, of rows and of a place: enough for the plans of jobs that differ in their method."""
 
     findings: Findings
-    place: _Place
+    place: PlannedPlace
     kind: str  # of the devices
-    device: Device
     process: DryRunProcess
     roughly: bool = False  # whether memory is foretold without a dry run where there is no doubt
 
@@ -137,8 +117,8 @@ class Planner(NamedTuple):
         hidden_size = findings.model.hidden_size
         memory_fit, unforeseen = self._memory_fit(job)
         of_job = sizes(job, findings.model, kind)
-        unforeseen += _host_warnings(job, of_job, place.is_here)
-        written = generations(job, findings.model, of_job, findings.train, kind, self.device.name)
+        unforeseen += _host_warnings(job, of_job, place.host)
+        written = self._written(job, of_job)
         return Plan(
             name=job.name,
             base=job.base.model,
@@ -158,14 +138,50 @@ class Planner(NamedTuple):
             micro_batches=_micro_batches(job),
             steps=_steps(job, findings),
             steps_estimated=job.train.steps is None,
+            epochs=_epochs(job, findings),
             sizes=of_job,
             has_gpus=has_gpus(job, kind),
             fit=memory_fit,
-            hours=_hours(job, findings, kind, self.device, place.earlier, written),
+            hours=self._hours(job, written),
+            hours_changed=self._hours_changed(job, memory_fit),
             generations=written,
             request=place.request,
-            warnings=findings.warnings + unforeseen,
+            warnings=place.warnings + findings.warnings + unforeseen,
         )
+
+    def _written(self, job: Job, of_job: Sizes | None) -> Generations | None:
+        """What a job writes itself."""
+        model = self.findings.model
+        rows = self.findings.train
+        gpu = self.place.device.name
+        return generations(job, model, of_job, rows, self.kind, gpu)
+
+    def _hours(self, job: Job, written: Generations | None) -> HoursForecast | None:
+        """How long a job trains, where workers have GPUs and its steps and sizes are known."""
+        findings = self.findings
+        place = self.place
+        steps = _steps(job, findings)
+        of_model = sizes(job, findings.model, self.kind)
+        if steps is None or of_model is None or not has_gpus(job, self.kind):
+            return None
+        kernels = planned_kernels(job, self.kind)
+        found = hours(job, findings.model, of_model, steps, kernels, place.earlier, place.device.name)
+        if found is None or written is None:
+            return found
+        more = written.learned / job.train.batch_tokens
+        if not found.runs and written.share is not None:  # earlier runs have counted their rollouts
+            more /= 1 - written.share
+        return found.times(more)
+
+    def _hours_changed(self, job: Job, memory_fit: MemoryFit | None) -> HoursForecast | None:
+        """How long the job trains with the change that fits; None where there is none, or nobody knows."""
+        if memory_fit is None or memory_fit.advised is None:
+            return None
+        for key, value in memory_fit.advised.settings.items():
+            job = with_setting(job, key, value)
+        of_job = sizes(job, self.findings.model, self.kind)
+        written = self._written(job, of_job)
+        return self._hours(job, written)
 
     def _memory_fit(self, job: Job) -> _Foretold:
         """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""
@@ -183,26 +199,12 @@ class Planner(NamedTuple):
 
         findings = self.findings
         sample = _rows_for_all(findings.train)
+        device = self.place.device.memory
         try:
-            found = fit(job, findings.model, sample, kinds, self.device.memory, self.process, corrected, self.roughly)
+            found = fit(job, findings.model, sample, kinds, device, self.process, corrected, self.roughly)
         except DryRunFailed as error:
             return None, (f"memory: not foretold: {error}",)
         return found, ()
-
-
-def _planned_place(job: Job, cluster: str | None) -> _Place:
-    """The place of a job on a cluster; without one this machine, which is asked nothing."""
-    if cluster is None:
-        kind, total = total_capacity()
-        site = open_cluster("local").site
-        return _Place(Capacity(kind, total, total), True, None, earlier_costs(site), None)
-    backend = open_cluster(cluster)
-    request = make_request(backend, job, new_id(job.name))
-    site = backend.site
-    gpu_gib = None
-    if cluster not in CLUSTERS:
-        gpu_gib = config_of(cluster).gpu_gib
-    return _Place(backend.capacity(), site.is_here, request.text, earlier_costs(site), gpu_gib)
 
 
 def _rows_for_all(train: SourceRows | None) -> Sample | None:
@@ -211,41 +213,31 @@ def _rows_for_all(train: SourceRows | None) -> Sample | None:
     return survey.sample if survey else None
 
 
-def _host_warnings(job: Job, of_job: Sizes | None, is_here: bool) -> tuple[str, ...]:
-    """A warning where workers of this machine would want more of its memory than there is."""
-    if of_job is None or not is_here:
+def _host_warnings(job: Job, of_job: Sizes | None, there: int | None) -> tuple[str, ...]:
+    """A warning where workers of a node would want more of its memory than there is."""
+    if of_job is None or there is None:
         return ()
     needed = of_job.memory.on_host * job.resources.workers_on_node
-    there = host_bytes()
     if needed <= there:
         return ()
     wanted = f"{needed / 2**30:.1f} GiB for moments of its workers; found {there / 2**30:.1f} GiB on this machine"
     return (f"sharding.offload: optimizer needs {wanted}",)
 
 
-def _hours(
-    job: Job, findings: Findings, kind: str, device: Device, earlier: list[Costs], written: Generations | None
-) -> HoursForecast | None:
-    """How long a job trains, where workers have GPUs and its steps and sizes are known."""
-    steps = _steps(job, findings)
-    model = findings.model
-    of_model = sizes(job, model, kind)
-    if steps is None or of_model is None or not has_gpus(job, kind):
-        return None
-    kernels = planned_kernels(job, kind)
-    found = hours(job, findings.model, of_model, steps, kernels, earlier, device.name)
-    if found is None or written is None:
-        return found
-    more = written.learned / job.train.batch_tokens
-    if not found.runs and written.share is not None:  # earlier runs have counted their rollouts
-        more /= 1 - written.share
-    return found.times(more)
-
-
 def _steps(job: Job, findings: Findings) -> int | None:
     """The steps of a job, which are estimated where it says epochs."""
     given = job.train.steps
     return given or _estimated_steps(job, findings.train)
+
+
+def _epochs(job: Job, findings: Findings) -> float | None:
+    """How often a job sees each of its rows."""
+    train = findings.train
+    if job.train.epochs is not None:
+        return job.train.epochs
+    if train is None or not train.tokens or job.train.steps is None:
+        return None
+    return job.train.steps * job.train.batch_tokens / train.tokens
 
 
 def _rate_source(job: Job, hidden_size: int | None) -> str:

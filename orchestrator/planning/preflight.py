@@ -7,7 +7,7 @@ from math import ceil
 from clusters.base import Capacity
 from clusters.machine import total_capacity
 from orchestrator.errors import InputError
-from orchestrator.planning import base
+from orchestrator.planning import base, base_folder
 from orchestrator.planning.answer_room import answer_warnings
 from orchestrator.planning.model import Model
 from orchestrator.planning.survey import Looked, SourceProgress, SourceRows, look, missing_packages, writes_date
@@ -35,16 +35,18 @@ def check_job(
     progress: SourceProgress = lambda _source, _rows: None,
     capacity: Capacity | None = None,
     is_here: bool = True,
+    by_config: bool = False,
 ) -> Findings:
     """Look at data, base, batch and tracking; raises InputError with one line per problem.
 
     `progress` is called with a source and the number of its rows that are done. `capacity` is what the workers will
-    find, by default this machine's; `is_here` says whether the cluster's files are this machine's.
+    find, by default this machine's; `is_here` says whether the cluster's files are this machine's. `by_config`: a
+    folder with config.json and no weights does for the base.
     """
     if capacity is None:
         kind, total = total_capacity()
         capacity = Capacity(kind, total, total)
-    model, base_problems = _checked_base(job)
+    model, base_problems = _checked_base(job, by_config)
     looked = look(job, model, progress, is_here)
     problems = list(looked.problems)
     if model is not None:
@@ -63,10 +65,10 @@ def check_job(
     return Findings(model, train, evaluation, tuple(warnings))
 
 
-def _checked_base(job: Job) -> tuple[Model | None, list[str]]:
+def _checked_base(job: Job, by_config: bool) -> tuple[Model | None, list[str]]:
     """The base, and what is wrong with it for this job."""
     try:
-        model = base.find_model(job)
+        model = base.find_base(job.base, by_config)
     except InputError as error:
         return None, [str(error)]
     try:
@@ -113,6 +115,8 @@ def _layout_warnings(job: Job, capacity: Capacity) -> list[str]:
     workers = job.resources.world_size
     if capacity.kind == "cpu" and workers > capacity.total:
         warnings.append(f"resources: {workers} workers share the {capacity.total} cores of this machine")
+    if capacity.kind == "gpu" and workers > capacity.total > 0:
+        warnings.append(f"resources: {workers} workers of one GPU each; there are {capacity.total} GPUs")
     if job.train.precision == "bf16" and not has_gpus(job, capacity.kind):
         warnings.append("train.precision: bf16 on a CPU can be twenty times slower than fp32")
     holds_all_state = job.sharding.zero == 0 and workers > 1
@@ -171,6 +175,8 @@ def _why_not_looked_at(model: Model) -> str:
         return f"{names} not installed: pip install 'fleetune[data]'"
     if model.folder is None:
         return "the base's tokenizer is on the hub: fleetune rows fetches it"
+    if not base_folder.has_tokenizer(model.folder):
+        return "no tokenizer lies beside the base's config.json"
     return "the file is large: fleetune rows takes its time"
 
 

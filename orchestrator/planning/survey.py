@@ -17,6 +17,7 @@ from math import ceil
 from pathlib import Path
 
 from orchestrator.child import asked_child
+from orchestrator.planning.base_folder import has_tokenizer
 from orchestrator.planning.model import Model
 from runfolder.folders import cache_folder
 from runfolder.job import Job
@@ -148,7 +149,7 @@ def writes_date(model: Model) -> bool:
 
 def _as_tokens(job: Job, model: Model, progress: SourceProgress) -> SurveyResults:
     """The survey of each source that can be looked at as tokens from here, or what is wrong with it."""
-    if model.folder is None or missing_packages():
+    if model.folder is None or not has_tokenizer(model.folder) or missing_packages():
         return {}
     job = with_date(job)
     answers: SurveyResults = {}

@@ -43,7 +43,7 @@ def plan_stages(
     overrides: Iterable[str],
     progress: SourceProgress,
     cluster: str | None,
-    gpu_gib: float | None,
+    gpu: str | None,
 ) -> dict[str, StagePlan] | None:
     """The plan of each stage, by its name; None for a job without stages. Raises InputError.
 
@@ -64,7 +64,7 @@ def plan_stages(
                     check_stage_inputs(seen, is_here, check_job)
                     plan: StagePlan = _writing_plan(seen, is_here)
                 else:
-                    planner = planner_of(seen, process, progress, cluster, gpu_gib)
+                    planner = planner_of(seen, process, progress, cluster, gpu)
                     plan = replace(planner.plan(seen), request=None)  # one request is for all of them
             except InputError as error:
                 lines = marked_of_stage(stage, str(error).splitlines())

@@ -17,6 +17,10 @@ CUDA_BYTES = 600 * 2**20  # bytes that CUDA takes for itself, as far as is known
 COMMUNICATION = 2**30  # bytes of NCCL's buffers
 DRY_RUN_MARGIN = 0.05  # of what is allocated: how far a dry run has been off, and fragments
 LINE_MARGIN = 0.2
+DRY_RUN = "dry run"
+FITTED_LINE = "fitted line"
+
+_COST_NO_TIME = ("train.kernels", "train.micro_batch")  # or hardly any
 
 Find = Callable[[Job], "Forecast"]  # the forecast of a job; raises DryRunFailed
 
@@ -26,7 +30,7 @@ class Forecast:
     """Bytes that a worker has allocated in its worst moment, by what they are for, and how that is known."""
 
     parts: BytesByPart
-    source: str  # dry run, or fitted line
+    source: str  # DRY_RUN or FITTED_LINE
     margin: float
     factor: float = 1.0  # of what was measured to what was foretold,
     runs: int = 0  # in so many earlier runs
@@ -63,19 +67,27 @@ class Change:
 
 
 def changes_that_fit(job: Job, find: Find, device: int, now: Forecast) -> list[Change]:
-    """Changes that were planned, each with all before it, up to the first with which a worker fits on a device.
+    """Changes that were planned, up to those with which a worker fits on a device, which come last.
 
+    Each is tried with all before it; of those that fit together, what costs time and is not needed is left out again.
     `now` is the forecast of the job as it is. A change is put off for as long as what it leaves as it is takes more
     than the device has.
     """
-    tried: list[Change] = []
+    tried = list(_changes_upon_each_other(job, find, device, now))
+    if tried and tried[-1].fits:
+        tried += _with_fewer_settings(job, tried, find, device)
+    return tried
+
+
+def _changes_upon_each_other(job: Job, find: Find, device: int, now: Forecast) -> Iterator[Change]:
+    """Changes of a job, each with all before it, up to the first with which a worker fits."""
     settings: dict[str, Any] = {}
     forecast = now
     waiting = list(_candidates(job))
     while True:
         worth_trying = [change for change in waiting if not _is_in_vain(*change, job, forecast, device)]
         if not worth_trying:
-            return tried
+            return
         key, value = worth_trying[0]
         waiting.remove((key, value))
         try:
@@ -87,9 +99,29 @@ def changes_that_fit(job: Job, find: Find, device: int, now: Forecast) -> list[C
         settings = {**settings, key: value}
         needed = forecast.needed(job.resources.world_size)
         fits = needed <= device
-        tried.append(Change(settings, needed, fits))
+        yield Change(settings, needed, fits)
         if fits:
-            return tried
+            return
+
+
+def _with_fewer_settings(job: Job, tried: list[Change], find: Find, device: int) -> Iterator[Change]:
+    """The changes that fit with less than the last one changes, of what costs time."""
+    settings = tried[-1].settings
+    known = [change.settings for change in tried]
+    for left_out in reversed(settings):
+        fewer = {key: value for key, value in settings.items() if key != left_out}
+        if left_out in _COST_NO_TIME or not fewer or fewer in known:
+            continue
+        try:
+            changed = job
+            for key, value in fewer.items():
+                changed = with_setting(changed, key, value)
+            needed = find(changed).needed(changed.resources.world_size)
+        except (DryRunFailed, ValueError):
+            continue
+        if needed <= device:
+            settings = fewer
+            yield Change(settings, needed, True)
 
 
 def with_setting(job: Job, key: str, value: Any) -> Job:

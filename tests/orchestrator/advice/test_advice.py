@@ -1,6 +1,7 @@
 """Advice: which methods fit and why others are left out, what a budget allows, and a race that ends with a job."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from methods.options import KINDS
 from orchestrator.advice.advise import Advice, advise, write_advised_job, write_race
 from orchestrator.advice.evidence import Situation, rules_for, smallest_visible
 from orchestrator.advice.race import budget_in_steps, race_file_of, race_of
+from orchestrator.advice.what_next import what_next
 from orchestrator.cli import app
 from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
@@ -60,28 +62,77 @@ def test_what_does_not_fit_is_dropped_and_lines_suffice_where_there_is_no_doubt(
         raise DryRunFailed("not here")
 
     monkeypatch.setattr(DryRunProcess, "ask", no_dry_run)
-    tight = advise(job_file(tmp_path), gpu_gib=0.2)
-    assert reasons(tight)["lora"].startswith("does not fit: it takes ")
+    tight = advise(job_file(tmp_path), gpu="0.2")
+    assert reasons(tight)["lora"].startswith("too large for 205 MiB")
     by_question = {rule.question: rule.advice for rule in tight.rules}
     assert "take qlora" in by_question["a base in 4 bits"]
     before = len(tried)
-    ample = advise(job_file(tmp_path), gpu_gib=24)
+    ample = advise(job_file(tmp_path), gpu="24")
     by_question = {rule.question: rule.advice for rule in ample.rules}
     assert "lora" not in reasons(ample) and "do not take qlora" in by_question["a base in 4 bits"]
     assert len(tried) - before <= 3, "of methods without a line alone"
 
 
+@pytest.mark.usefixtures("home")
+def test_advice_ends_with_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.planning.memory.can_dry_run", lambda: False)
+    monkeypatch.setattr("orchestrator.planning.plan.can_dry_run", lambda: False)
+    path = job_file(tmp_path)
+    planned: list[tuple[str, int, int]] = []
+    advice = advise(path, gpu="H100", begun=lambda *method: planned.append(method))
+    assert planned[0] == ("lora", 1, len(KINDS)) and len(planned) == len(KINDS)
+    step = what_next(advice, path)
+    command = re.escape(f"fleetune advise {path} --budget ")
+    found = re.match(rf"{command}(\d+)steps races lora, .*; with less", step)
+    assert found is not None
+    assert write_race(advice, path, f"{found[1]}steps") is not None
+    least = re.search(r"from ([\d,]+) steps on", step)
+    assert least is not None
+    few = int(least[1].replace(",", ""))
+    assert len(race_of(advice.job, advice.racing, few, path).methods) == 2
+    with pytest.raises(InputError):
+        race_of(advice.job, advice.racing, few - 1, path)
+    nothing = replace(advice, candidates=[replace(each, reason="no") for each in advice.candidates])
+    assert what_next(nothing, path).startswith("no method fits")
+    alone = replace(advice, candidates=advice.candidates[:1])
+    assert what_next(alone, path).startswith("method: lora is what is left; fleetune submit")
+    unjudged = job_file(tmp_path, data={**DATA, "eval": None})
+    assert "data.eval" in what_next(advise(unjudged, gpu="H100"), unjudged)
+
+
+@pytest.mark.usefixtures("home")
+def test_the_change_that_lets_a_method_fit_is_what_to_do_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU between what LoRA takes with micro-batches of 64 rows and what it takes with smaller ones."""
+    monkeypatch.setattr("orchestrator.planning.memory.can_dry_run", lambda: False)
+    monkeypatch.setattr("orchestrator.planning.plan.can_dry_run", lambda: False)
+    train = {"steps": STEPS, "batch_tokens": 2048 * 64, "micro_batch": 2048}
+    path = job_file(tmp_path, data={**DATA, "seq_len": 64}, train=train)
+    advice = advise(path, gpu="0.7")
+    foretold = [each for each in advice.candidates if each.plan is not None and each.plan.fit is not None]
+    step = what_next(replace(advice, candidates=foretold), path)
+    assert step.startswith("train.micro_batch=1024 in the job, with which lora takes ")
+    shown = CliRunner().invoke(app, ["advise", str(path), "--gpu", "0.7"])
+    assert "~" in shown.output and "next: " in shown.output
+
+
 def test_each_rule_has_a_source_and_a_strength_and_depends_on_the_situation() -> None:
-    small = Situation(4e-4, 1_200_000_000, 10_000_000, 64.0, 200, None)
+    rates = {kind: options().rate(2048) for kind, options in KINDS.items()} | {"lora": 4e-4}
+    small = Situation(rates, 1_200_000_000, 10_000_000, 64.0, 200, None, None)
     rules = rules_for(small)
     assert all(rule.source and rule.strength in ("strong", "medium", "weak", "folklore") for rule in rules)
     by_question = {rule.question: rule.advice for rule in rules}
     assert "5.1 %" in by_question["the rank"] and "0.00012 and 0.0012" in by_question["the rate of LoRA"]
     assert "64 sequences" in by_question["the batch"] and "take an adapter" in by_question["full or an adapter"]
-    large = Situation(4e-4, 70_000_000_000, 10**9, 8.0, None, False)
+    full, tenth = f"{rates['full']:.2g}", "4e-05"
+    assert by_question["the rate of full"].startswith(f"start at {full}, and try {tenth}")
+    large = Situation(rates, 70_000_000_000, 10**9, 8.0, None, False, None)
     by_question = {rule.question: rule.advice for rule in rules_for(large)}
     assert "0.7 %" in by_question["the rank"] and "the batch" not in by_question
     assert "try full" in by_question["full or an adapter"] and "hold out rows" in by_question["judging"]
+    too_large = {rule.question: rule.advice for rule in rules_for(replace(large, full_fits=False))}
+    assert "full does not fit" in too_large["full or an adapter"]
 
 
 def test_the_smallest_visible_difference_is_that_of_the_formula() -> None:

@@ -11,6 +11,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
+from orchestrator.planning.preflight import check_job
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -18,7 +19,7 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 def refusal(folder: Path, **changes: Any) -> str:
     """The one line that a job on the base in a folder is refused with, less the folder's name."""
     with pytest.raises(InputError) as error:
-        plan(read_job(make_job(folder, **changes))[0])
+        check_job(read_job(make_job(folder, **changes))[0])
     (line,) = str(error.value).splitlines()
     assert "scratch" not in line
     return line.removeprefix(f"base.model: {folder / 'base'}: ")

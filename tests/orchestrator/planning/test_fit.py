@@ -68,10 +68,10 @@ def test_a_change_that_no_dry_run_can_try_is_left_out() -> None:
             raise DryRunFailed("it broke")
         return forecast(20 if changed.method.makes_model else 5)
 
-    *before, change = changes_that_fit(job(), find, 8 * GIB, forecast(20))
-    assert [tried.settings for tried in before] == [{"sharding.offload": "optimizer"}]
-    assert change.settings == {"sharding.offload": "optimizer", "method": {"kind": "lora"}}
-    assert change.fits
+    offloaded, both, change = changes_that_fit(job(), find, 8 * GIB, forecast(20))
+    assert offloaded.settings == {"sharding.offload": "optimizer"} and not offloaded.fits
+    assert both.settings == {"sharding.offload": "optimizer", "method": {"kind": "lora"}}
+    assert change.settings == {"method": {"kind": "lora"}} and both.fits and change.fits
 
 
 def test_weights_that_are_too_large_are_not_tried_with_smaller_activations() -> None:
@@ -82,10 +82,11 @@ def test_weights_that_are_too_large_are_not_tried_with_smaller_activations() -> 
         return forecast(5 if changed.method.quantises else 20, "weights")
 
     job_now = job(method="lora", resources={"nodes": 2, "gpus_per_node": 1}, train={"steps": 3, "micro_batch": 4})
-    (sharded, change) = changes_that_fit(job_now, find, 8 * GIB, forecast(20, "weights"))
-    assert [tried.sharding.zero for tried in asked] == [3, 3]
-    assert not sharded.fits and change.fits
-    assert change.settings == {"sharding.zero": 3, "method": {"kind": "qlora", "rank": 16}}
+    sharded, both, change = changes_that_fit(job_now, find, 8 * GIB, forecast(20, "weights"))
+    assert [tried.sharding.zero for tried in asked] == [3, 3, 0]
+    assert not sharded.fits and both.fits and change.fits
+    assert both.settings == {"sharding.zero": 3, "method": {"kind": "qlora", "rank": 16}}
+    assert change.settings == {"method": {"kind": "qlora", "rank": 16}}
 
 
 def test_weights_are_shared_first_where_they_are_too_large_and_activations_made_smaller_then() -> None:
@@ -102,6 +103,20 @@ def test_weights_are_shared_first_where_they_are_too_large_and_activations_made_
         {"sharding.zero": 3, "train.gradient_checkpointing": True},
     ]
     assert [change.fits for change in tried] == [False, True]
+
+
+def test_what_costs_time_and_is_not_needed_is_left_out_again() -> None:
+    """Sharding alone fits here, which is tried after checkpointing."""
+
+    def find(changed: Job) -> Forecast:
+        shared = changed.sharding.zero >= 2
+        checkpointed = changed.train.gradient_checkpointing
+        return forecast(5 if shared else 19 if checkpointed else 20)
+
+    two_workers = job(resources={"nodes": 2, "gpus_per_node": 1})
+    tried = changes_that_fit(two_workers, find, 8 * GIB, forecast(20))
+    assert tried[-2].settings == {"train.gradient_checkpointing": True, "sharding.zero": 2}
+    assert tried[-1].settings == {"sharding.zero": 2} and tried[-1].fits
 
 
 def test_a_change_that_the_job_forbids_is_left_out() -> None:
@@ -134,7 +149,7 @@ def test_a_base_in_4_bits_is_the_last_change_and_keeps_the_rank() -> None:
 def test_what_cannot_be_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "can_dry_run", lambda: False)
     source = make_job(tmp_path, method={"kind": "fourierft", "frequencies": 4}, resources={"gpus_per_node": 1})
-    found = plan(source, gpu_gib=80)
+    found = plan(source, gpu="80")
     assert found.fit is None
     assert any(warning.startswith("memory: not foretold: torch") for warning in found.warnings)
 
@@ -147,20 +162,20 @@ def test_what_makes_no_sense_together_is_refused() -> None:
 def test_a_plan_without_gpus_foretells_no_memory_of_them_and_says_how_it_would(tmp_path: Path) -> None:
     assert plan(make_job(tmp_path)).fit is None
     shown = CliRunner().invoke(app, ["plan", str(tmp_path / "job.yaml")])
-    assert "--gpu GIB or --cluster NAME" in " ".join(shown.output.split())
+    assert "--gpu H100 or --cluster NAME" in " ".join(shown.output.split())
 
 
 def test_a_plan_says_what_a_worker_takes_and_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     make_base(tmp_path / "base")
     source = make_job(tmp_path, train={"steps": 3, "kernels": "plain", "micro_batch": 2, "batch_tokens": 4096})
-    found = plan(source, gpu_gib=80).fit
+    found = plan(source, gpu="80").fit
     assert found is not None
     assert (found.problem, found.fits, found.changes) == (None, True, ())
     parts = found.forecast.parts
     assert parts["activations"] > 0
     monkeypatch.setattr(memory, "can_dry_run", lambda: False)
-    without = plan(source, gpu_gib=80).fit
+    without = plan(source, gpu="80").fit
     assert without is not None
     assert without.forecast.source == "fitted line"
     assert "fleetune[train]" in str(without.problem)

@@ -11,8 +11,9 @@ from jobs import CONFIG, make_job
 
 from clusters.base import Capacity
 from methods.options import KINDS
+from orchestrator.errors import InputError
 from orchestrator.planning import device as devices
-from orchestrator.planning.device import Device, planned_device
+from orchestrator.planning.device import Device, device_said, planned_device
 from orchestrator.planning.earlier import UNCORRECTED, correction_of, earlier_costs
 from orchestrator.planning.hours import LIKE_SPREAD, STATED, UNLIKE_SPREAD, hours, planned_flops, prediction
 from orchestrator.planning.model import Model
@@ -25,6 +26,7 @@ from runfolder.job import Job
 from runfolder.record import create_run_folder
 from runfolder.site import LocalSite
 from runfolder.snapshot import Snapshot
+from trainer.devices import bandwidth_of_name, memory_of_name, peak_of_name
 
 GIB = 2**30
 WORK = {
@@ -138,7 +140,7 @@ def test_a_plan_goes_by_what_is_known_of_runs_there(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
     source = make_job(tmp_path, method="lora", resources={"gpus_per_node": 1})
     monkeypatch.setattr("orchestrator.planning.memory.can_dry_run", lambda: False)
-    assert plan(source, gpu_gib=80).hours is None  # of which nobody knows what it does
+    assert plan(source, gpu="80").hours is None  # of which nobody knows what it does
     run_dir = runs_folder() / new_id("before")
     run_dir.parent.mkdir(parents=True)
     create_run_folder(run_dir, {"cluster": "local", "submitted": 1.0, "job": {}})
@@ -148,7 +150,7 @@ def test_a_plan_goes_by_what_is_known_of_runs_there(tmp_path: Path, monkeypatch:
     for step in range(1, 30):
         attempt.append("metrics.jsonl", {"step": step, "time": 2.0 * step, "loss": 1.0})
     assert [found.work for found in earlier_costs(LocalSite(runs_folder()))] == [WORK]
-    found = plan(source, gpu_gib=80)
+    found = plan(source, gpu="80")
     assert found.hours is not None and found.hours.runs == 1
     assert found.dump()["hours"]["runs"] == 1
 
@@ -160,9 +162,41 @@ def test_a_gpu_has_the_memory_that_is_said_or_told_or_that_its_name_stands_for(
     nothing = Capacity("gpu", 8, 8)
     named = Capacity("gpu", 8, 8, "h100")
     told = Capacity("gpu", 8, 8, "NVIDIA-A100-SXM4-80GB", 80 * GIB)
-    assert planned_device(nothing, True, None) == Device("NVIDIA L40S", 44 * GIB)
-    assert planned_device(nothing, False, None) == Device()
-    assert planned_device(nothing, False, 24) == Device(None, 24 * GIB)
-    assert planned_device(named, False, None) == Device("h100", int(79.1 * GIB))
-    assert planned_device(told, False, None) == Device("NVIDIA-A100-SXM4-80GB", 80 * GIB)
-    assert planned_device(told, False, 40).memory == 40 * GIB
+    unsaid = Device()
+    assert planned_device(nothing, True, unsaid) == Device("NVIDIA L40S", 44 * GIB)
+    assert planned_device(nothing, False, unsaid) == Device()
+    assert planned_device(nothing, False, device_said("24")) == Device(None, 24 * GIB)
+    assert planned_device(named, False, unsaid) == Device("h100", int(79.1 * GIB))
+    assert planned_device(told, False, unsaid) == Device("NVIDIA-A100-SXM4-80GB", 80 * GIB)
+    assert planned_device(told, False, device_said("40")) == Device("NVIDIA-A100-SXM4-80GB", 40 * GIB)
+    assert planned_device(told, True, device_said("h100")) == Device("h100", int(79.1 * GIB))
+
+
+def test_a_gpu_is_said_by_its_memory_its_name_or_both() -> None:
+    assert device_said(None) == Device()
+    assert device_said("80") == Device(None, 80 * GIB)
+    assert device_said("h100") == Device("h100", int(79.1 * GIB))
+    assert device_said("A100:80") == Device("A100", 80 * GIB)
+    assert device_said("some-card:12.5") == Device("some-card", int(12.5 * GIB))
+    allowed = r"^--gpu: found .*; allowed: GiB like 80 .*, one of GH200, H200, .*A100:80"
+    for wrong in ("", "0", "-1", "nan", "inf", "some-card", "H100:", "H100:much", "1e7"):
+        with pytest.raises(InputError, match=allowed):
+            device_said(wrong)
+
+
+def test_gpus_are_known_by_parts_of_their_names_and_have_the_memory_that_these_say() -> None:
+    sizes = {
+        "NVIDIA A100-SXM4-40GB": 39.4,
+        "NVIDIA A100-SXM4-80GB": 78.8,
+        "NVIDIA H100 80GB HBM3": 79.1,
+        "NVIDIA GH200 480GB": 94.5,
+        "NVIDIA L40S-48GB": 44.4,
+        "NVIDIA-GeForce-RTX-4090": 23.5,
+        "NVIDIA L4": 22.0,
+    }
+    for name, gib in sizes.items():
+        assert memory_of_name(name) == int(gib * GIB), name
+    for unknown in ("NVIDIA RTX A4000", "L400", "A1000", "Tesla T4"):
+        assert memory_of_name(unknown) is None and peak_of_name(unknown) is None
+    assert peak_of_name("NVIDIA L40S") == 362e12 and peak_of_name("NVIDIA L40") == 181e12
+    assert bandwidth_of_name("nvidia h200 nvl") == 4.8e12

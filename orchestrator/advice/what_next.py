@@ -1,0 +1,48 @@
+"""What to do after advice: the command that goes on from it, or what the job lacks for that."""
+
+from pathlib import Path
+
+from orchestrator.advice.advise import Advice
+from orchestrator.advice.race import budget_range, gpu_hours_of_step
+from orchestrator.comparison.measure import format_bytes, format_hours
+from orchestrator.errors import InputError
+
+
+def what_next(advice: Advice, job_file: Path) -> str:
+    """One sentence for whoever has read the advice about the job in a file."""
+    racing = advice.racing
+    if not racing:
+        return _first_change(advice)
+    if len(racing) == 1:
+        return f"method: {racing[0].kind} is what is left; fleetune submit {job_file} trains with it"
+    try:
+        least, most = budget_range(advice.job, racing, job_file)
+    except InputError as error:
+        return f"a race on your own rows decides (--budget), and the job lacks for one: {error}"
+    names = ", ".join(candidate.kind for candidate in racing)
+    command = f"fleetune advise {job_file} --budget {most}steps"
+    cost = _cost_of_steps(advice, most)
+    return f"{command} races {names} on your own rows{cost}; with less, from {least:,} steps on, fewer of them"
+
+
+def _first_change(advice: Advice) -> str:
+    """The change with which the first of the methods fits."""
+    for candidate in advice.candidates:
+        if candidate.plan is None or candidate.plan.fit is None:
+            continue
+        change = candidate.plan.fit.advised
+        if change is not None:
+            needed = format_bytes(change.needed)
+            return f"{change.text} in the job, with which {candidate.kind} takes {needed}; then ask again"
+    return "no method fits: take a smaller base, shorter rows (data.seq_len), or GPUs with more memory"
+
+
+def _cost_of_steps(advice: Advice, steps: int) -> str:
+    """What so many steps take of the GPUs with the slowest method, in words; nothing where that is not known."""
+    slowest = 0.0
+    for candidate in advice.racing:
+        of_step = gpu_hours_of_step(candidate, advice.job)
+        if of_step is None:
+            return ""
+        slowest = max(slowest, of_step)
+    return f", in at most {format_hours(steps * slowest)} of GPUs"
