@@ -69,7 +69,7 @@ def gap_text(comparison: Comparison, row: ComparisonRow) -> str:
     if ranked.finding == "reference":
         return "reference"
     if not math.isfinite(ranked.difference.error):
-        return "one seed"
+        return "one seed" if ranked.difference.seeds == 1 else "seeds alike"
     gain, low, high = ranking.gain(ranked)
     estimate = _with_sign(ranking.measure, gain)
     lower = _with_sign(ranking.measure, low)

@@ -16,6 +16,7 @@ _NOTHING_BEATS = "nothing beats {reference} in {measure}: {label} is {less} to {
 _UNCLEAR = "cannot tell {label} apart from {reference} in {measure}"
 _DIFFERS = "{text}: it differs by {low} to {high}"
 _ONE_SEED = "{text}: each has one seed, and no results by row; run 3 seeds or more."
+_SEEDS_ALIKE = "{text}: their seeds are all alike, and there are no results by row; whether others are is not known."
 _INVISIBLE = "{text}: differences under {smallest} are invisible with {rows} rows and {seeds} seeds; to see {margin}"
 _MORE_SEEDS = "{text}: {seeds} seeds."
 _MORE_ROWS = "{text}: {rows} rows (more seeds alone would not do)."
@@ -165,7 +166,8 @@ def _undecided(ranking: Ranking, closest: Ranked) -> str:
     )
     spread = difference.spread
     if not math.isfinite(difference.error):
-        return _ONE_SEED.format(text=text)
+        reason = _ONE_SEED if difference.seeds == 1 else _SEEDS_ALIKE
+        return reason.format(text=text)
     if spread is None:
         _, low, high = ranking.gain(closest)
         shown_low = shown_difference(ranking, low)

@@ -90,11 +90,11 @@ def _are_signs(values: SeedRows) -> bool:
 
 
 def contrast_of_seeds(values_S: SeedRows) -> Contrast:
-    """The mean of one value for each seed; of a single one nothing is known about others."""
+    """The mean of one value for each seed; of a single one, or of equal ones, nothing is known about others."""
     seeds = len(values_S)
     value = float(values_S.mean())
-    if seeds == 1:
-        return Contrast(value, math.inf, 1.0, 1, 1, "seeds")
+    if _are_alike(values_S):
+        return Contrast(value, math.inf, 1.0, seeds, 1, "seeds")
     part = _part_of_mean(values_S)
     error = math.sqrt(part.variance)
     return Contrast(value, error, part.degrees, seeds, 1, "seeds")
@@ -166,12 +166,18 @@ def _welch(first_S: SeedRows, second_S: SeedRows) -> Contrast:
     difference = first_S.mean() - second_S.mean()
     value = float(difference)
     seeds = min(len(first_S), len(second_S))
-    if seeds == 1:
-        return Contrast(value, math.inf, 1.0, 1, 1, "seeds")
+    if seeds == 1 or (_are_alike(first_S) and _are_alike(second_S)):
+        return Contrast(value, math.inf, 1.0, seeds, 1, "seeds")
     first = _part_of_mean(first_S)
     second = _part_of_mean(second_S)
     parts = [first, second]
     return _summed(value, parts, 0.0, seeds, 1, "seeds")
+
+
+def _are_alike(values_S: SeedRows) -> bool:
+    """Whether values show no spread: there is one of them, or they are equal but for rounding."""
+    mean = values_S.mean()
+    return bool(np.allclose(values_S, mean, rtol=1e-12, atol=0.0))
 
 
 def _part_of_mean(values: SeedRows) -> VariancePart:

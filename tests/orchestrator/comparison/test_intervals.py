@@ -201,6 +201,10 @@ def test_rows_on_which_nobody_disagrees_do_not_say_that_all_are_equal() -> None:
 def test_what_one_seed_or_no_rows_can_say() -> None:
     single = contrast_of_seeds(np.array([0.4]))
     assert (single.value, single.half_width()) == (0.4, float("inf"))
+    alike = contrast_of_seeds(np.array([0.8, 0.7 + 0.1, 0.8]))
+    assert (alike.value, alike.half_width(), alike.seeds) == (pytest.approx(0.8), float("inf"), 3)
+    both_alike = contrast_unpaired(np.full((3, 1), 0.8), np.full((2, 1), 0.7))
+    assert (both_alike.value, both_alike.half_width()) == (pytest.approx(0.1), float("inf"))
     rows_alone = contrast(np.array([[1.0, 0.0, 0.0, 0.0] * 50]))
     assert (rows_alone.scope, rows_alone.seeds, rows_alone.rows) == ("rows", 1, 200)
     low, high = rows_alone.interval()

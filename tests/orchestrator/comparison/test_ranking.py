@@ -193,6 +193,19 @@ def with_kinds() -> list[TrackedRun]:
     return [*runs, replace(renewed, tags={**renewed.tags, "fleetune.env.torch": "99"})]
 
 
+def test_seeds_that_are_all_alike_do_not_say_that_others_are() -> None:
+    """Without results by row; twelve of fifteen rows are right in every run of both."""
+    runs = []
+    for name in ("lora", "dora"):
+        for seed in range(3):
+            run = tracked(name, 0.5, method__kind=name, train__seed=str(seed))
+            runs.append(replace(run, metrics={**run.metrics, "eval_exact_match": 0.8}))
+    found = arrange(runs, "e", "uri", RankingWish(read=lambda _: {}))
+    ranking = found.rankings[0]
+    assert {each.finding for each in ranking.ranked} == {"reference", "cannot tell apart"}
+    assert "their seeds are all alike" in found.verdict
+
+
 def test_runs_of_other_data_budgets_and_versions_are_not_in_one_ranking() -> None:
     found = arrange(with_kinds(), "e", "uri")
     labels = [[each.contender.label for each in ranking.ranked] for ranking in found.rankings]
