@@ -30,7 +30,10 @@ def advise_command(
 ) -> None:
     """Say which methods fit and what evidence supports; with a budget race them, and write the job that won."""
     from orchestrator.advice.advise import advise
+    from orchestrator.errors import InputError
 
+    if html and budget is None:
+        raise InputError("--html: a report is of a race; allowed with --budget")
     advice = advise(file, progress=count_rows, cluster=cluster, gpu=gpu, begun=count_methods)
     clear_count()
     if budget is None:

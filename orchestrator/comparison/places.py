@@ -16,7 +16,7 @@ _USUAL_REFERENCE = "lora"  # what users ask whether they can beat
 
 @dataclass(frozen=True)
 class RankingWish:
-    """What somebody wants of rankings: the label or method of the reference, one for all, a measure."""
+    """What somebody wants of rankings: the reference by label, run id or method, one for all, a measure."""
 
     reference: str | None = None
     together: bool = False
@@ -42,7 +42,7 @@ def rankings_of(
     if wanted is not None and _row_named(rows, eligible, wanted) is None:
         labels = [rows[number].label for number in eligible]
         allowed = ", ".join(labels)
-        raise InputError(f"--reference: found {wanted!r}; allowed: a method, or one of {allowed}")
+        raise InputError(f"--reference: found {wanted!r}; allowed: a method, a run id, or one of {allowed}")
     groups = [rows[number].runs for number in eligible]
     said = barrier(groups, wish.together)
     places = list(range(len(groups)))
@@ -88,10 +88,11 @@ def _ranking(
 
 
 def _row_named(rows: Sequence[ComparisonRow], numbers: Sequence[int], name: str) -> int | None:
-    """The first row of this label, else the best one of this method."""
+    """The first row of this label or with a run of this id, else the best one of this method."""
     for number in numbers:
         row = rows[number]
-        if row.label == name:
+        run_ids = [run.run_id for run in row.runs]
+        if row.label == name or name in run_ids:
             return number
     for number in numbers:
         row = rows[number]

@@ -53,6 +53,7 @@ def check_job(
         problems += _unknown_ids(model, looked)
     problems += base_problems
     problems += _batch_problems(job)
+    problems += _test_problems(job, looked)
     problems += _tracking_problems(job)
     if problems or model is None:
         lines = dict.fromkeys(problems)  # each once
@@ -92,6 +93,20 @@ def _batch_problems(job: Job) -> list[str]:
         return []
     allowed = f"at least one sequence (data.seq_len {job.data.seq_len})"
     return [f"train.batch_tokens: found {job.train.batch_tokens}; allowed: {allowed}"]
+
+
+def _test_problems(job: Job, looked: Looked) -> list[str]:
+    """Why so small a share of the held-out rows has not one of them."""
+    share = job.evaluation.test
+    held_out = looked.rows["eval"]
+    if not share or held_out is None:
+        return []
+    rows = held_out.survey.examples if held_out.survey else held_out.count
+    rows = min(rows, job.evaluation.rows or rows)
+    if rows * share >= 1 or not rows:
+        return []
+    allowed = f"0, or 1/{rows} and more"
+    return [f"evaluation.test: found {share:g}, less than one of {rows} held-out rows; allowed: {allowed}"]
 
 
 def _tracking_problems(job: Job) -> list[str]:

@@ -1,12 +1,14 @@
 """What a sweep.yaml says: a job, the settings that are tried, seeds, a rule and a budget."""
 
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from orchestrator.errors import InputError
 from orchestrator.planning.spec import load_yaml
+from orchestrator.planning.spec_errors import explain
 from runfolder.job import JOB_NAME
 
 BETTER_HIGH = "eval_exact_match"  # the measure of which more is better
@@ -67,16 +69,42 @@ _SAID_OTHERWISE = {  # keys of a job that are no axis, and what says them
 }
 
 
-def _free_keys(axes: dict[str, Any]) -> dict[str, Any]:
-    """Axes that change nothing which the sweep itself sets, or by which it finds and counts its trials."""
-    for key in axes:
+def _axes(found: object) -> dict[str, object]:
+    """Axes as they are written, of which none changes what the sweep itself sets or tells its trials apart by."""
+    if not isinstance(found, dict):
+        raise ValueError("must be a mapping of dotted keys of the job to their values")
+    axes = {}
+    flaws = []
+    for key, values in found.items():
         if key in _SAID_OTHERWISE:
-            raise ValueError(f"{key} is no axis; what says it is {_SAID_OTHERWISE[key]}")
+            flaws.append(f"{key} is no axis; what says it is {_SAID_OTHERWISE[key]}")
+            continue
+        try:
+            axes[str(key)] = _axis(values)
+        except ValueError as error:
+            flaws.append(f"{key}: {error}")
+    if flaws:
+        raise ValueError("; ".join(flaws))
     return axes
 
 
-SweptAxis = LogRange | Annotated[list[AxisValue], Field(min_length=1)]
-Axes = Annotated[dict[str, SweptAxis], AfterValidator(_free_keys)]  # by the dotted key of the job
+def _axis(found: object) -> object:
+    """The values of an axis, or a range of them; raises ValueError where it is neither."""
+    are_values = isinstance(found, list) and all(isinstance(value, AxisValue) for value in found)
+    if are_values and found:
+        return found
+    if isinstance(found, dict) and "log" in found and found.keys() <= LogRange.model_fields.keys():
+        try:
+            return LogRange.model_validate(found)
+        except ValidationError as error:
+            flaws = explain(error, found, LogRange)
+            raise ValueError(", ".join(flaws)) from None
+    shown = reprlib.repr(found)
+    raise ValueError(f"found {shown}, allowed are a list of values or {{log: [1e-5, 1e-3], count: 5}}")
+
+
+SweptAxis = LogRange | list[AxisValue]
+Axes = Annotated[dict[str, SweptAxis], BeforeValidator(_axes)]  # by the dotted key of the job
 
 
 class SweptMethod(_SweepSection):
@@ -148,14 +176,13 @@ def read_sweep(path: Path) -> Sweep:
 
 def sweep_of(plain: PlainSweep, path: Path) -> Sweep:
     """The sweep in plain data, which is that of a file; raises InputError, with a line for each error."""
+    with_methods = _with_methods(plain)
     try:
-        return Sweep.model_validate(_with_methods(plain))
+        return Sweep.model_validate(with_methods)
     except ValidationError as error:
         lines = []
-        for flaw in error.errors(include_url=False, include_context=False):
-            field = ".".join(map(str, flaw["loc"]))
-            found = flaw["input"]
-            lines.append(f"{path}: {field}: found {found!r}: {flaw['msg']}")
+        for line in explain(error, with_methods, Sweep):
+            lines.append(f"{path}: {line}")
         raise InputError("\n".join(lines)) from None
 
 

@@ -190,6 +190,8 @@ def test_nothing_is_started_before_somebody_agrees(tmp_path: Path, home: Path) -
     refused = CliRunner().invoke(app, ["advise", str(path), "--budget", "700steps"])
     assert isinstance(refused.exception, InputError) and "nothing was started" in str(refused.exception)
     assert not race_file_of(path).exists() and not list((home / "runs").glob("*"))
+    without_race = CliRunner().invoke(app, ["advise", str(path), "--html", "page.html"])
+    assert "--html: a report is of a race" in str(without_race.exception)
 
 
 def pretend(driver: SweepDriver, home: Path, losses: dict[str, float]) -> None:

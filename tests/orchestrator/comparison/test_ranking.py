@@ -182,7 +182,7 @@ def test_the_measure_can_be_chosen_and_names_are_short() -> None:
 def test_the_reference_can_be_chosen_and_must_be_there() -> None:
     found = compared({"lora": 0.0, "full": 0.6}, reference="full")
     assert found.rankings[0].reference.label == "full"
-    with pytest.raises(InputError, match=r"--reference: found 'x'; allowed: a method, or one of .*lora"):
+    with pytest.raises(InputError, match=r"--reference: found 'x'; allowed: a method, a run id, or one of .*lora"):
         compared({"lora": 0.0, "full": 0.6}, reference="x")
 
 

@@ -352,6 +352,16 @@ def test_a_config_of_a_million_layers_gives_no_shapes() -> None:
         _ = Model({**CONFIG, "num_hidden_layers": 10**6}).shapes
 
 
+def test_a_share_of_test_rows_that_is_not_one_row_is_refused(tmp_path: Path) -> None:
+    data = {"train": "train.jsonl", "eval": "train.jsonl", "seq_len": 16}
+    source = make_job(tmp_path, data=data, evaluation={"test": 0.5})
+    rows = plan(source).eval_rows
+    assert rows
+    plan(source, [f"evaluation.test={1.01 / rows}"])
+    with pytest.raises(InputError, match=rf"^evaluation.test: found 0.001, less than one of {rows} held-out rows; "):
+        plan(source, ["evaluation.test=0.001"])
+
+
 def test_a_base_that_cannot_pack_is_refused(tmp_path: Path) -> None:
     make_base(tmp_path / "base", architectures=["OPTForCausalLM"])
     config = tmp_path / "base" / "config.json"
