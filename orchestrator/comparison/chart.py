@@ -26,6 +26,8 @@ from orchestrator.comparison.axis import (
 _MOST_POINTS, _FEWEST_POINTS = 400, 24  # of a line
 _POINTS_OF_CHART = 40_000  # which its lines share, so that a page of a thousand runs is no burden
 
+_DIGIT_WIDTH = 7.5  # pixels of a character in a tick's text, at most
+
 _FIGURE = (
     '<figure><figcaption>{title}</figcaption><svg class="chart" role="img" aria-label="{title}" '
     'viewBox="0 0 {width:g} {height}" data-of="{of}" data-x="{x}" data-y="{y}">{content}</svg></figure>'
@@ -217,11 +219,16 @@ def _y_ticks(y: Axis, right: float) -> str:
 
 
 def _x_ticks(x: Axis) -> str:
-    """A text for each tick of the horizontal axis."""
+    """A text for each tick of the horizontal axis; one that would reach beyond the chart ends at its edge."""
     columns = ""
     text_y = str(HEIGHT - BOTTOM + 18)
+    edge = x.end + RIGHT
     for value in x.ticks():
-        text_x = f"{x.at(value):.1f}"
         text = x.show(value)
-        columns += svg.text(text_x, text_y, "middle", text)
+        middle = x.at(value)
+        half = len(text) * _DIGIT_WIDTH / 2
+        if middle + half > edge:
+            columns += svg.text(f"{edge:.1f}", text_y, "end", text)
+        else:
+            columns += svg.text(f"{middle:.1f}", text_y, "middle", text)
     return columns

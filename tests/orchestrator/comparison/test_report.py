@@ -20,7 +20,9 @@ from orchestrator.comparison import axis, chart, plots, report
 from orchestrator.comparison.chart import Line
 from orchestrator.comparison.compare import TrackedRun, arrange
 from orchestrator.comparison.dot_labels import Box, placed
+from orchestrator.comparison.measure import format_bytes
 from orchestrator.comparison.pareto import pareto
+from orchestrator.comparison.scatter import Dot, scatter
 
 HOSTILE = "<script>alert('x')</script>\"&' ${plot} $title"
 VOID = {"meta", "link", "br", "rect", "path", "circle"}
@@ -140,6 +142,17 @@ def test_no_tick_stands_where_no_value_can_be(value: float) -> None:
     drawn = chart.line_chart("match", [Line("a", 0, curve)], "step", "{:.0%}".format, (0.0, 1.0), axis.HALF_WIDTH)
     ticks = [int(e.text[:-1]) for e in ElementTree.fromstring(drawn).iter("text") if (e.text or "").endswith("%")]
     assert ticks and min(ticks) >= 0 and max(ticks) <= 100
+
+
+def test_texts_of_ticks_end_within_the_chart() -> None:
+    """From 9.3 to 28.5 GiB, where a tick stands at 30 GiB, next to the right edge."""
+    gib = 2.0**30
+    dots = [Dot(str(size), 0, size * gib, 1.0 + size, False) for size in (9.3, 28.5)]
+    drawn = scatter("a", dots, "memory", 5 * gib, (format_bytes, str), axis.EVERYTHING)
+    (last,) = re.findall(r'<text x="([0-9.]+)" y="\d+" text-anchor="(\w+)">30.00 GiB</text>', drawn)
+    assert last == (f"{axis.HALF_WIDTH:.1f}", "end")
+    middles = re.findall(r'<text x="([0-9.]+)" y="\d+" text-anchor="middle">[0-9.]+ GiB</text>', drawn)
+    assert middles and max(map(float, middles)) < axis.HALF_WIDTH - 30
 
 
 def test_thinning_keeps_extremes_and_ends() -> None:
