@@ -179,6 +179,7 @@ class Load:
         seconds = self.options.seconds
         await self.solo(3.0)  # what is compiled or read first is not counted
         alone = await self.solo(seconds)
+        tell("solo", alone.summary(seconds))
         seen = {tenant: Seen() for tenant in KEYS}
         work = [self.client("small", self.names[-1:], seen["small"], 1).ask_on(1.0)]
         for tenant, first in (("busy", 0), ("other", SHARE)):
@@ -306,7 +307,9 @@ def main() -> None:
         dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
         base = random_base(folder / "base", shape_for(options.device), dtype, options.device)
         adapters = random_adapters(base, folder, options.adapters, options.rank)
+        tell("adapters written", len(adapters))
         with server(base, adapters, folder, options.device) as (port, start_s):
+            tell("the server is up after seconds", round(start_s, 1))
             load = Load(port, [adapter.name for adapter in adapters], options)
             result = asyncio.run(measured(load)) | {"start_s": round(start_s, 1)}
     settings = {
@@ -319,9 +322,15 @@ def main() -> None:
         options.out.write_text(text + "\n")
 
 
+def tell(what: str, seen: Any) -> None:
+    """Print what has been done so far."""
+    print(f"{time.strftime('%H:%M:%S')} {what}: {json.dumps(seen)}", flush=True)
+
+
 async def measured(load: Load) -> dict[str, Any]:
     """The figures of all parts."""
     tenants = await load.tenants()
+    tell("tenants", tenants)
     return tenants | {"at_random": await load.at_random()}
 
 
