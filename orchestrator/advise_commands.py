@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, GpuOption, JobArgument
+from orchestrator.arguments import ClusterOption, GpuOption, JobArgument, SetOption
 from orchestrator.terminal import Json, clear_count, count_delivered, count_methods, count_rows, print_json, tell
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def advise_command(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Begin the race without asking.")] = False,
     gpu: GpuOption = None,
+    sets: SetOption = None,
     cluster: ClusterOption = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the race's report to this file.")] = None,
     as_json: Json = False,
@@ -34,7 +35,9 @@ def advise_command(
 
     if html and budget is None:
         raise InputError("--html: a report is of a race; allowed with --budget")
-    advice = advise(file, progress=count_rows, cluster=cluster, gpu=gpu, begun=count_methods)
+    if sets and budget:
+        raise InputError("--set: a race is of the job as it is in its file; allowed without --budget")
+    advice = advise(file, sets or (), progress=count_rows, cluster=cluster, gpu=gpu, begun=count_methods)
     clear_count()
     if budget is None:
         return _show_advice(advice, file, as_json)
@@ -56,6 +59,8 @@ def _show_advice(advice: "Advice", file: Path, as_json: bool) -> None:
     from trainer.dry_run.fit import LINE_MARGIN
 
     print_markup(candidates_table(advice))
+    if advice.has_no_gpu:
+        print_markup("[dim]?: not known without a GPU; --gpu H100 names one, --cluster one that has some[/]")
     if advice.has_rough_figures:
         print_markup(f"[dim]{ABOUT}: by a fitted line and {LINE_MARGIN:.0%} more; fleetune plan says it to 5 %[/]")
     print_markup("")

@@ -18,14 +18,20 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
     source = forecast.source
     if forecast.runs:
         source = f"{source}, {forecast.factor:.3f} times as {forecast.runs} earlier runs had it"
+    if forecast.parts.get("cache"):
+        named += " (in an evaluation that writes answers)"
     fields = {"memory": f"{format_bytes(forecast.allocated)} at most, by a {source}: {named}"}
-    margin = f"{100 * forecast.margin:.0f} % more, and what CUDA takes itself"
-    needed = f"{format_bytes(fit.needed)} with {margin}"
+    allocated = format_bytes(forecast.allocated)
+    beside = fit.needed - int(forecast.allocated * (1 + forecast.margin))
+    margin = f"{100 * forecast.margin:.0f} % of margin"
+    sum_of = f"{allocated}, {margin}, and {format_bytes(beside)} for CUDA and communication"
+    needed = format_bytes(fit.needed)
     if fit.device is None:
-        fields["fits"] = f"unknown, as no GPU is known (--gpu 80, or a name, says its memory); it takes {needed}"
+        unknown = "unknown, as no GPU is known (--gpu 80, or a name, says its memory)"
+        fields["fits"] = f"{unknown}; it takes {needed} ({sum_of})"
         return fields
     device = format_bytes(fit.device)
-    fields["fits"] = f"{'yes' if fit.fits else 'no'}: {needed}, of {device}"
+    fields["fits"] = f"{'yes' if fit.fits else 'no'}: {needed} of {device} ({sum_of})"
     if not fit.fits:
         fields["instead"] = _instead(fit)
     if fit.problem:
@@ -36,7 +42,7 @@ def fit_fields(fit: MemoryFit) -> dict[str, str]:
 def hours_text(hours: HoursForecast, changed: HoursForecast | None) -> str:
     """How long a job trains, with the change that fits where it has to be changed, and by what that is known."""
     shown = changed or hours
-    source = "stated rates, as no run like it has been there"
+    source = "stated rates, as no run like it is known"
     if shown.runs:
         source = f"{shown.runs} earlier runs like it"
     with_change = ", with that change" if changed else ""
@@ -67,11 +73,19 @@ def _instead(fit: MemoryFit) -> str:
     same_method = [change for change in fit.changes if "method" not in change.settings]
     least = min(same_method, key=lambda change: change.needed, default=None)
     if advised is None:
-        return "no change is known that would fit" + _least_text(least)
+        return "no change of settings is known that would fit" + _least_text(least) + _more_gpus_text(fit)
     text = f"{advised.text} fits ({format_bytes(advised.needed)})"
-    if "method" in advised.settings:
+    if not fit.keeps_method:
         text += _least_text(least)
-    return text
+    return text + _more_gpus_text(fit)
+
+
+def _more_gpus_text(fit: MemoryFit) -> str:
+    """How many GPUs of a node do without another method, where that is known."""
+    if fit.more_gpus is None:
+        return ""
+    size = format_bytes(fit.more_gpus.needed)
+    return f"; {fit.more_gpus.text} fits by the fitted line (about {size} on each)"
 
 
 def _least_text(least: Change | None) -> str:

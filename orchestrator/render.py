@@ -202,13 +202,18 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
     if plan.sizes is None:
         fields["parameters"] = "unknown: this kind of base tells its shapes by its weights, which are not here"
     else:
-        fields |= _size_fields(plan.sizes)
+        fields |= _size_fields(plan.sizes, plan.fit is None)
     if plan.fit is not None:
         fields |= fit_fields(plan.fit)
     elif not plan.has_gpus:
         fields["fits"] = "not asked, as its workers have no GPU; --gpu H100 or --cluster NAME says where they have"
     if plan.generations is not None:
         fields |= generation_fields(plan.generations)
+    if plan.host_changed:
+        on_host = format_bytes(plan.host_changed)
+        fields["instead"] += f", with {on_host} of the host's memory for each worker"
+    if plan.fit is not None and plan.fit.fits is False and plan.hours_changed is None:
+        return fields
     if plan.hours is not None:
         fields["time"] = hours_text(plan.hours, plan.hours_changed)
     elif plan.has_gpus and plan.steps:
@@ -231,7 +236,8 @@ def _epochs_text(epochs: float) -> str:
     return f"{epochs:,.0f} epochs" if epochs >= 10 else f"{epochs:.2g} epochs"
 
 
-def _size_fields(sizes: Sizes) -> dict[str, str]:
+def _size_fields(sizes: Sizes, alone: bool) -> dict[str, str]:
+    """The lines about a model's size; `alone`: nothing else says what a worker takes."""
     memory = sizes.memory
     share = 100 * sizes.trained / sizes.parameters
     weights = format_bytes(memory.weights)
@@ -241,8 +247,9 @@ def _size_fields(sizes: Sizes) -> dict[str, str]:
     kinds = f"weights {weights}, gradients {gradients}, optimizer {optimizer}"
     fields = {
         "parameters": f"{sizes.parameters:,}, trained {sizes.trained:,} ({share:.3g} %)",
-        "each worker": f"{total} without activations: {kinds}",
     }
+    if alone:
+        fields["each worker"] = f"{total} without activations: {kinds}"
     if memory.on_host:
         on_host = format_bytes(memory.on_host)
         fields["on the host"] = f"{on_host} of each worker's optimizer, which its device does not hold"

@@ -41,6 +41,14 @@ class Advice:
         return racing
 
     @property
+    def has_no_gpu(self) -> bool:
+        """Whether nothing is foretold of memory, as workers have no GPU."""
+        for candidate in self.candidates:
+            if candidate.plan is not None:
+                return not candidate.plan.has_gpus
+        return False
+
+    @property
     def has_rough_figures(self) -> bool:
         """Whether memory is foretold by a fitted line for some."""
         rough = [candidate for candidate in self.candidates if candidate.is_rough]

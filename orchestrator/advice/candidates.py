@@ -19,7 +19,7 @@ CandidateProgress = Callable[[str, int, int], None]  # a method, its number, and
 # The order in which methods are worth a place in a race, by what others measured; those that are not here come last.
 _ORDER = ("lora", "full", "rslora", "dora", "adalora", "ia3", "vera", "galore", "bottleneck", "relora", "qlora")
 _TOO_LITTLE_DATA = f"full is not known to win below {TOKENS_FOR_FULL:,} tokens of text (arXiv 2405.09673)"
-_FITS_IN_16_BITS = "lora fits in 16 bits, and a base in 4 bits is a slightly worse model"
+_FITS_IN_16_BITS = "lora does without 4 bits here, in which a base is a slightly worse model"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def foretold(plan: Plan) -> ForetoldFigures:
         trained = plan.sizes.trained
     if plan.fit is not None:
         needed = plan.fit.needed
-    if plan.hours is not None:
+    fits = plan.fit is None or plan.fit.fits is not False
+    if plan.hours is not None and fits:
         hours = plan.hours.likely
     return ForetoldFigures(trained, needed, hours)
 
@@ -115,6 +116,8 @@ def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -
         sequences=sequences,
         eval_rows=eval_rows,
         lora_fits=_fits(by_kind[REFERENCE]),
+        lora_change=_change_of(by_kind[REFERENCE]),
+        qlora_fits=_fits(by_kind["qlora"]),
         full_fits=_fits(by_kind["full"]),
     )
 
@@ -122,12 +125,19 @@ def situation_of(planner: Planner, job: Job, found: Iterable[MethodCandidate]) -
 def _fits(candidate: MethodCandidate) -> bool | None:
     """Whether a worker fits with a method, as the job is or changed in other settings; None where nobody knows."""
     plan = candidate.plan
-    if plan is None or plan.fit is None:
+    if plan is None or plan.fit is None or plan.fit.fits is None:
         return None
-    change = plan.fit.advised
-    if change is not None and "method" not in change.settings:
-        return True
-    return plan.fit.fits
+    return plan.fit.keeps_method
+
+
+def _change_of(candidate: MethodCandidate) -> str | None:
+    """The change of other settings with which a worker fits, in words; None where none is needed or known."""
+    if not _fits(candidate) or candidate.plan is None or candidate.plan.fit is None:
+        return None
+    change = candidate.plan.fit.advised
+    if change is None:
+        return None
+    return change.text
 
 
 def _planned_candidate(planner: Planner, job: Job, kind: str) -> MethodCandidate:
@@ -158,10 +168,10 @@ def _why_it_does_not_fit(plan: Plan) -> str | None:
     if fit.fits:
         return None
     device = format_bytes(fit.device)
-    if fit.advised is None or "method" in fit.advised.settings:
+    if fit.own_change is None:
         return f"too large for {device}"
-    needed = format_bytes(fit.advised.needed)
-    return f"too large for {device}; {fit.advised.text} takes {needed}"
+    needed = format_bytes(fit.own_change.needed)
+    return f"too large for {device}; {fit.own_change.text} takes {needed}"
 
 
 def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -> list[MethodCandidate]:
@@ -171,7 +181,7 @@ def _by_evidence(found: Iterable[MethodCandidate], job: Job, planner: Planner) -
     tokens = _tokens_of_text(job, planner)
     if tokens is not None and tokens < TOKENS_FOR_FULL:
         against["full"] = _TOO_LITTLE_DATA
-    if by_kind[REFERENCE].reason is None:
+    if _fits(by_kind[REFERENCE]) is not False:
         against["qlora"] = _FITS_IN_16_BITS
     judged = []
     for kind, candidate in by_kind.items():

@@ -37,7 +37,7 @@ class Situation:
     """What rules depend on; None for what is not known from here.
 
     `rates`: the default of each method on this base; `tokens`: of different text that the training sees; `sequences`:
-    of a batch; `lora_fits`, `full_fits`: on the hardware.
+    of a batch; `lora_fits`, `full_fits`: on the hardware, with `lora_change` of the job where it needs one.
     """
 
     rates: Mapping[str, float]
@@ -46,6 +46,8 @@ class Situation:
     sequences: float | None
     eval_rows: int | None
     lora_fits: bool | None
+    lora_change: str | None
+    qlora_fits: bool | None
     full_fits: bool | None
 
 
@@ -79,10 +81,13 @@ def _of_methods(situation: Situation) -> Iterator[Recommendation]:
     else:
         advice = "try full beside lora: with much new text it learns more, and forgets more"
     yield Recommendation("full or an adapter", advice, "medium", f"Biderman et al. 2024, arXiv 2405.09673; {_PEFT}")
-    if situation.lora_fits is False:
-        advice = "lora in 16 bits does not fit here: take qlora, and compare it with the base in 16 bits"
+    if situation.lora_fits:
+        change = f" with {situation.lora_change}" if situation.lora_change else ""
+        advice = f"lora in 16 bits fits{change}: do not take qlora, which costs some accuracy and no less time"
+    elif situation.qlora_fits is False:
+        advice = "neither lora in 16 bits nor qlora fits here"
     else:
-        advice = "lora in 16 bits fits: do not take qlora, which costs some accuracy and no less time"
+        advice = "lora in 16 bits does not fit here: take qlora, and compare it with the base in 16 bits"
     if situation.lora_fits is not None:
         yield Recommendation(
             "a base in 4 bits", advice, "weak", "arXiv 2404.14047; no comparison at equal tuning is known"

@@ -45,6 +45,8 @@ def _figures(candidate: MethodCandidate) -> list[str]:
         memory = format_bytes(figures.needed)
         if candidate.is_rough:
             memory = f"{ABOUT}{memory}"
+    if plan.fit is not None and plan.fit.fits is False:
+        hours = "-"
     if figures.hours is not None:
         hours = format_hours(figures.hours)
     rate = f"{plan.lr:.2g}"

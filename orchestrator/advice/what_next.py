@@ -11,10 +11,17 @@ from orchestrator.errors import InputError
 def what_next(advice: Advice, job_file: Path) -> str:
     """One sentence for whoever has read the advice about the job in a file."""
     racing = advice.racing
+    first, *_ = advice.candidates
+    if first.reason is not None or not racing:
+        change = _first_change(advice)
+        if change is not None:
+            return change
     if not racing:
-        return _first_change(advice)
+        return "no method fits: take a smaller base, or GPUs with more memory, or more of them"
     if len(racing) == 1:
-        return f"method: {racing[0].kind} is what is left; fleetune submit {job_file} trains with it"
+        kind = racing[0].kind
+        setting = "" if kind == advice.job.method.kind else f" --set method={kind}"
+        return f"{kind} is what is left: fleetune submit {job_file}{setting}"
     try:
         least, most = budget_range(advice.job, racing, job_file)
     except InputError as error:
@@ -25,16 +32,16 @@ def what_next(advice: Advice, job_file: Path) -> str:
     return f"{command} races {names} on your own rows{cost}; with less, from {least:,} steps on, fewer of them"
 
 
-def _first_change(advice: Advice) -> str:
-    """The change with which the first of the methods fits."""
+def _first_change(advice: Advice) -> str | None:
+    """The change with which the first of the methods fits that fits with one; None where none does."""
     for candidate in advice.candidates:
         if candidate.plan is None or candidate.plan.fit is None:
             continue
-        change = candidate.plan.fit.advised
+        change = candidate.plan.fit.own_change
         if change is not None:
             needed = format_bytes(change.needed)
             return f"{change.text} in the job, with which {candidate.kind} takes {needed}; then ask again"
-    return "no method fits: take a smaller base, shorter rows (data.seq_len), or GPUs with more memory"
+    return None
 
 
 def _cost_of_steps(advice: Advice, steps: int) -> str:

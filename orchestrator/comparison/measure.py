@@ -51,6 +51,8 @@ def format_bytes(value: float) -> str:
 
 def format_hours(hours: float) -> str:
     """Hours that are a forecast, with two digits: 45 s, 12 min, 3.1 h, 140 h."""
+    if 3600 * hours < 1:
+        return "under 1 s"
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"
     if hours < 1:

@@ -67,6 +67,8 @@ LIKE_SPREAD = 0.15
 EXPECTED = 4  # runs that the expected spread counts as much as
 NEAR = 2.0  # times the arithmetic of a token, up to which bases are alike
 SECONDS_OF_HOUR = 3600
+_BUS = 1e11  # bytes a second of moments to the device and back, by runs of full on an H200
+_TRIPS = 2  # of each moment in a step
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class HoursForecast:
     likely: float
     high: float
     runs: int
+
+    def plus(self, hours: float) -> "HoursForecast":
+        """The hours with more that are sure."""
+        low = self.low + hours
+        likely = self.likely + hours
+        high = self.high + hours
+        return HoursForecast(low, likely, high, self.runs)
 
     def times(self, factor: float) -> "HoursForecast":
         """The hours of so many times the work."""
@@ -111,7 +120,10 @@ def hours(
         reach = exp(NORMAL * STATED_SPREAD)
         low = likely / reach
         high = likely * reach
-    return HoursForecast(at_peak / high, at_peak / likely, at_peak / low, len(shares))
+    found = HoursForecast(at_peak / high, at_peak / likely, at_peak / low, len(shares))
+    if shares or not sizes.memory.on_host:
+        return found
+    return found.plus(steps * _TRIPS * sizes.memory.on_host / _BUS / SECONDS_OF_HOUR)
 
 
 def prediction(shares: Sequence[float], spread: float) -> tuple[float, float, float]:

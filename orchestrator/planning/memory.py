@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from methods.options.base import BaseConfig
@@ -11,11 +11,19 @@ from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from runfolder.job import Job
 from trainer.data.survey import Sample
-from trainer.dry_run.fit import DRY_RUN, Change, Find, Forecast, changes_that_fit
+from trainer.dry_run.fit import DRY_RUN, Change, Find, Forecast, changes_that_fit, with_more_gpus
 from trainer.dry_run.process import DryRunFailed, DryRunner, DryRunProcess, can_dry_run
 
 CorrectionOf = Callable[[Job], PastRatios]
 Numerics = Callable[[Job], tuple[str, bool]]  # the precision of a job, and whether its kernels are fast
+
+
+def _dumped(change: Change) -> dict[str, Any]:
+    """A change as plain data."""
+    settings = change.settings
+    needed = change.needed
+    fits = change.fits
+    return {"settings": settings, "needed": needed, "fits": fits}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class MemoryFit:
     fits: bool | None
     changes: tuple[Change, ...]
     problem: str | None
+    more_gpus: Change | None = None  # with its own method, where nothing less does; by the fitted line
 
     @property
     def advised(self) -> Change | None:
@@ -39,12 +48,27 @@ class MemoryFit:
             return self.changes[-1]
         return None
 
+    @property
+    def keeps_method(self) -> bool:
+        """Whether it fits, as it is or with a change that leaves the method as it is."""
+        if self.advised is None:
+            return bool(self.fits)
+        return "method" not in self.advised.settings
+
+    @property
+    def own_change(self) -> Change | None:
+        """The change with which it fits by its own method, if need be on more GPUs; None without one."""
+        if self.keeps_method:
+            return self.advised
+        return self.more_gpus
+
     def dump(self) -> dict[str, Any]:
         """The fit as plain data, for JSON."""
         forecast = self.forecast
         tried = []
         for change in self.changes:
-            tried.append({"settings": change.settings, "needed": change.needed, "fits": change.fits})
+            tried.append(_dumped(change))
+        more_gpus = None if self.more_gpus is None else _dumped(self.more_gpus)
         return {
             "parts": forecast.parts,
             "allocated": forecast.allocated,
@@ -56,6 +80,7 @@ class MemoryFit:
             "device": self.device,
             "fits": self.fits,
             "changes": tried,
+            "more_gpus": more_gpus,
             "problem": self.problem,
         }
 
@@ -83,17 +108,31 @@ def fit(
             raise DryRunFailed("no line was fitted for this method, base and objective")
         return found
 
-    if roughly:
-        with suppress(DryRunFailed):
-            forecast = on_line(job)
-            if _leaves_no_doubt(job, forecast, device):
-                return _with_changes(job, forecast, on_line, device, None)
-    problem = None
-    if not can_dry_run():
-        problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
-    else:
+    found = _rough_fit(job, on_line, device) if roughly else None
+    if found is None:
+        runner = DryRunner(process, config_of_base(model), sample)
+        found = _sure_fit(job, runner, kinds, device, corrected, on_line)
+    if found.device is None or found.keeps_method:
+        return found
+    return replace(found, more_gpus=with_more_gpus(job, on_line, found.device))
+
+
+def _rough_fit(job: Job, on_line: Find, device: int | None) -> MemoryFit | None:
+    """The fit of a job by the fitted line; None where that leaves a doubt."""
+    with suppress(DryRunFailed):
+        forecast = on_line(job)
+        if _leaves_no_doubt(job, forecast, device):
+            return _with_changes(job, forecast, on_line, device, None)
+    return None
+
+
+def _sure_fit(
+    job: Job, runner: DryRunner, kinds: Numerics, device: int | None, corrected: CorrectionOf, on_line: Find
+) -> MemoryFit:
+    """The fit of a job by a dry run, else by the fitted line; raises DryRunFailed where nothing can be said."""
+    problem = "torch and what belongs to it are not installed: pip install 'fleetune[train]'"
+    if can_dry_run():
         try:
-            runner = DryRunner(process, config_of_base(model), sample)
             return _dry_fit(job, runner, kinds, device, corrected)
         except DryRunFailed as error:
             problem = str(error)
@@ -144,7 +183,7 @@ def _with_changes(job: Job, forecast: Forecast, find: Find, device: int | None, 
     if device is None:
         return MemoryFit(forecast, needed, None, None, (), problem)
     fits = needed <= device
-    tried: tuple[Change, ...] = ()
-    if not fits:
-        tried = tuple(changes_that_fit(job, find, device, forecast))
-    return MemoryFit(forecast, needed, device, fits, tried, problem)
+    if fits:
+        return MemoryFit(forecast, needed, device, True, (), problem)
+    tried = tuple(changes_that_fit(job, find, device, forecast))
+    return MemoryFit(forecast, needed, device, False, tried, problem)

@@ -2,18 +2,18 @@
 
 from typing import NamedTuple
 
-from clusters.base import Capacity, Cluster, Unreachable
+from clusters.base import Capacity, Unreachable
 from clusters.local import Local
 from clusters.machine import total_capacity
 from orchestrator.backends import CLUSTERS, config_of, make_request, open_cluster
-from orchestrator.errors import InputError, JobRefused
+from orchestrator.errors import JobRefused
 from orchestrator.planning.device import Device, planned_device
 from orchestrator.planning.earlier import earlier_costs
 from orchestrator.planning.sizes import host_bytes
 from orchestrator.runs import new_id
 from runfolder.costs import Costs
 from runfolder.job import Job
-from trainer.devices import bytes_of
+from trainer.devices import bytes_of, memory_of_name
 
 UNTOLD = Capacity("gpu", 0, 0)  # GPUs, and nobody tells how many
 
@@ -37,28 +37,40 @@ class PlannedPlace(NamedTuple):
 def planned_place(job: Job, cluster: str | None, said: Device) -> PlannedPlace:
     """The place of a job on a cluster; without one this machine, which is asked nothing.
 
-    With a GPU that somebody says, a cluster that does not answer, or would not take the job, is a warning.
+    With a GPU that somebody says, or the clusters file, a cluster that does not answer is a warning; with one that
+    somebody says, so is one that would not take the job. Raises JobRefused and Unreachable otherwise.
     """
     if cluster is None:
         return _without_cluster(said)
     backend = open_cluster(cluster)
-    said = _with_configured_memory(said, cluster)
-    is_said = said != Device()
-    warnings = []
-    try:
-        request = make_request(backend, job, new_id(job.name)).text
-    except JobRefused as error:
-        if not is_said:
-            raise
-        request = None
-        warnings.append(f"{cluster} would not take this job: {error}")
-    capacity, problem = _capacity_of(backend, cluster, is_said)
-    if problem:
-        warnings.append(problem)
     site = backend.site
-    device = planned_device(capacity, site.is_here, said)
-    host = host_bytes() if isinstance(backend, Local) and not is_said else None
-    return PlannedPlace(capacity, device, host, site.is_here, request, earlier_costs(site), tuple(warnings))
+    known = said if said != Device() else _configured_device(cluster)
+    warnings = []
+    request = None
+    capacity = UNTOLD
+    earlier: list[Costs] = []
+    try:
+        try:
+            request = make_request(backend, job, new_id(job.name)).text
+        except JobRefused as error:
+            if said == Device():
+                raise
+            warnings.append(f"{cluster} would not take this job: {error}")
+        capacity = backend.capacity()
+        earlier = earlier_costs(site)
+    except Unreachable as error:
+        if known == Device():
+            raise Unreachable(f"{_in_full(error, cluster)}; --gpu H100 plans without its answer") from None
+        warnings.append(f"planned without an answer: {_in_full(error, cluster)}")
+    if known.memory is not None and capacity.kind == "cpu":
+        capacity = UNTOLD
+    is_machine = isinstance(backend, Local)
+    if capacity.kind == "gpu" and not is_machine and job.resources.gpus_per_node is None:
+        asked = f"so what is sent to {cluster} asks for no GPU; 1 or more does"
+        warnings.append(f"resources.gpus_per_node: found nothing, {asked}")
+    device = planned_device(capacity, site.is_here, known)
+    host = host_bytes() if is_machine and said == Device() else None
+    return PlannedPlace(capacity, device, host, site.is_here, request, earlier, tuple(warnings))
 
 
 def _without_cluster(said: Device) -> PlannedPlace:
@@ -74,24 +86,22 @@ def _without_cluster(said: Device) -> PlannedPlace:
     return PlannedPlace(capacity, device, host, True, None, earlier)
 
 
-def _with_configured_memory(said: Device, cluster: str) -> Device:
-    """The GPU that somebody says; else with the memory that the clusters file gives it."""
-    if said != Device() or cluster in CLUSTERS:
-        return said
-    gib = config_of(cluster).gpu_gib
-    if gib is None:
-        return said
-    return Device(None, bytes_of(gib))
+def _configured_device(cluster: str) -> Device:
+    """The GPU of a cluster as far as the clusters file says it."""
+    if cluster in CLUSTERS:
+        return Device()
+    config = config_of(cluster)
+    name = getattr(config, "gpu_type", None)
+    if config.gpu_gib is not None:
+        return Device(name, bytes_of(config.gpu_gib))
+    if name is None:
+        return Device()
+    return Device(name, memory_of_name(name))
 
 
-def _capacity_of(backend: Cluster, cluster: str, is_said: bool) -> tuple[Capacity, str | None]:
-    """What a cluster has for workers, and a warning where it does not tell; raises InputError where nobody does."""
-    try:
-        capacity = backend.capacity()
-    except Unreachable as error:
-        if not is_said:
-            raise InputError(f"{error}; --gpu H100 plans without its answer") from None
-        return UNTOLD, f"planned without an answer of {cluster}: {error}"
-    if is_said and capacity.kind == "cpu":
-        return UNTOLD, None
-    return capacity, None
+def _in_full(error: Unreachable, cluster: str) -> str:
+    """What an error says, with the cluster's name where it leaves that out."""
+    said = str(error)
+    if cluster in said:
+        return said
+    return f"cluster {cluster}: {said}"

@@ -17,7 +17,7 @@ from orchestrator.planning.sizes import Sizes, planned_kernels, planned_precisio
 from orchestrator.planning.survey import SourceProgress, SourceRows
 from runfolder.job import Job
 from trainer.data.survey import Sample
-from trainer.dry_run.fit import with_setting
+from trainer.dry_run.fit import changed_job
 from trainer.dry_run.process import DryRunFailed, DryRunProcess, can_dry_run
 
 _Foretold = tuple[MemoryFit | None, tuple[str, ...]]  # and what should be known of it
@@ -54,7 +54,8 @@ class Plan:
     has_gpus: bool  # whether each worker has one
     fit: MemoryFit | None
     hours: HoursForecast | None
-    hours_changed: HoursForecast | None  # with the change of the job that fits, where it does not
+    hours_changed: HoursForecast | None  # with the change of the job that fits, where it does not;
+    host_changed: int  # then also bytes of the host for the moments of a worker
     generations: Generations | None  # what it writes itself, where it learns from that
     request: str | None
     warnings: tuple[str, ...]
@@ -119,6 +120,7 @@ class Planner(NamedTuple):
         of_job = sizes(job, findings.model, kind)
         unforeseen += _host_warnings(job, of_job, place.host)
         written = self._written(job, of_job)
+        hours_changed, host_changed = self._changed(job, memory_fit)
         return Plan(
             name=job.name,
             base=job.base.model,
@@ -143,7 +145,8 @@ class Planner(NamedTuple):
             has_gpus=has_gpus(job, kind),
             fit=memory_fit,
             hours=self._hours(job, written),
-            hours_changed=self._hours_changed(job, memory_fit),
+            hours_changed=hours_changed,
+            host_changed=host_changed,
             generations=written,
             request=place.request,
             warnings=place.warnings + findings.warnings + unforeseen,
@@ -173,15 +176,18 @@ class Planner(NamedTuple):
             more /= 1 - written.share
         return found.times(more)
 
-    def _hours_changed(self, job: Job, memory_fit: MemoryFit | None) -> HoursForecast | None:
-        """How long the job trains with the change that fits; None where there is none, or nobody knows."""
-        if memory_fit is None or memory_fit.advised is None:
-            return None
-        for key, value in memory_fit.advised.settings.items():
-            job = with_setting(job, key, value)
-        of_job = sizes(job, self.findings.model, self.kind)
-        written = self._written(job, of_job)
-        return self._hours(job, written)
+    def _changed(self, job: Job, memory_fit: MemoryFit | None) -> tuple[HoursForecast | None, int]:
+        """How long the job trains with the change that fits, if that is known, and a worker's bytes on its host."""
+        if memory_fit is None:
+            return None, 0
+        change = memory_fit.advised or memory_fit.more_gpus
+        if change is None:
+            return None, 0
+        changed = changed_job(job, change.settings)
+        of_job = sizes(changed, self.findings.model, self.kind)
+        on_host = of_job.memory.on_host if of_job else 0
+        written = self._written(changed, of_job)
+        return self._hours(changed, written), on_host
 
     def _memory_fit(self, job: Job) -> _Foretold:
         """Whether a worker fits on its GPU, where it has one, or a warning that nothing can be said of it."""

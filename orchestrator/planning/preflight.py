@@ -200,7 +200,7 @@ def few_steps(job: Job, tokens: int) -> Iterator[str]:
     batch = job.train.batch_tokens
     epochs = job.train.epochs
     if batch > tokens:
-        times = f"{batch / tokens:.0f} times"
+        times = f"{batch / tokens:.1f} times"
         often = f"all rows have about {tokens} tokens, so a step holds each of them about {times}"
         yield f"train.batch_tokens: found {batch}; {often}" + _enough(job, tokens)
         return

@@ -4,7 +4,7 @@ A forecast counts what tensors take. A device holds more: CUDA's own context, bu
 workers, and memory that the allocator has but cannot use. What is said to fit is the sum, with a margin.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,12 @@ LINE_MARGIN = 0.2
 DRY_RUN = "dry run"
 FITTED_LINE = "fitted line"
 
+_NODE_SIZES = (2, 4, 8)  # GPUs that nodes have
+_LESS_ACTIVATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"train.micro_batch": 1},
+    {"train.micro_batch": 1, "train.gradient_checkpointing": True},
+)
 _COST_NO_TIME = ("train.kernels", "train.micro_batch")  # or hardly any
 
 Find = Callable[[Job], "Forecast"]  # the forecast of a job; raises DryRunFailed
@@ -113,15 +119,43 @@ def _with_fewer_settings(job: Job, tried: list[Change], find: Find, device: int)
         if left_out in _COST_NO_TIME or not fewer or fewer in known:
             continue
         try:
-            changed = job
-            for key, value in fewer.items():
-                changed = with_setting(changed, key, value)
+            changed = changed_job(job, fewer)
             needed = find(changed).needed(changed.resources.world_size)
         except (DryRunFailed, ValueError):
             continue
         if needed <= device:
             settings = fewer
             yield Change(settings, needed, True)
+
+
+def with_more_gpus(job: Job, find: Find, device: int) -> Change | None:
+    """The fewest GPUs of one node on which a job fits that shares its weights among them; None where none do.
+
+    Where that alone does not do, with rows one at a time, and with gradient checkpointing.
+    """
+    resources = job.resources
+    if resources.workers_per_node or resources.fewest_nodes > 1:
+        return None
+    for beside in _LESS_ACTIVATIONS:
+        for gpus in _NODE_SIZES:
+            if gpus <= resources.workers_on_node:
+                continue
+            settings = {"resources.gpus_per_node": gpus, "sharding.zero": 3, **beside}
+            try:
+                changed = changed_job(job, settings)
+                needed = find(changed).needed(changed.resources.world_size)
+            except (DryRunFailed, ValueError):
+                continue
+            if needed <= device:
+                return Change(settings, needed, True)
+    return None
+
+
+def changed_job(job: Job, settings: Mapping[str, Any]) -> Job:
+    """The job with other values of some dotted keys; raises ValueError where the job then makes no sense."""
+    for key, value in settings.items():
+        job = with_setting(job, key, value)
+    return job
 
 
 def with_setting(job: Job, key: str, value: Any) -> Job:

@@ -9,6 +9,7 @@ import torch
 from methods.options.base import BaseConfig
 from runfolder.job import Job
 from runfolder.objectives import OutsideOptions
+from runfolder.resources import Resources
 from trainer.dry_run.answers import answering
 from trainer.dry_run.kernels import sees_documents
 from trainer.dry_run.ledger import Bytes
@@ -70,11 +71,12 @@ class Forecaster:
         return max(moments, key=lambda parts: sum(parts.values()))
 
     def _at_any_stage(self, passes: Passes, config: BaseConfig) -> TriedPasses:
-        """What passes hold on a whole base, found once for the stages 0 to 2, which differ in what workers share."""
+        """What passes hold on a whole base, found once for jobs that differ in how much how many workers share."""
         job = passes.job
         stage = 3 if job.sharding.zero == 3 else 0
         sharding = job.sharding.model_copy(update={"zero": stage})
-        same = job.model_copy(update={"sharding": sharding})
+        workers = job.resources if sharding.sequence > 1 else Resources()
+        same = job.model_copy(update={"sharding": sharding, "resources": workers})
         at_stage = replace(passes, job=same)
         key = repr((at_stage, config))
         if key not in self._tried:

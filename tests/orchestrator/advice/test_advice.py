@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_dropped_and_lines_suffice_where_there_is_no_doubt(
     tight = advise(job_file(tmp_path), gpu="0.2")
     assert reasons(tight)["lora"].startswith("too large for 205 MiB")
     by_question = {rule.question: rule.advice for rule in tight.rules}
-    assert "take qlora" in by_question["a base in 4 bits"]
+    assert by_question["a base in 4 bits"] == "neither lora in 16 bits nor qlora fits here"
     before = len(tried)
     ample = advise(job_file(tmp_path), gpu="24")
     by_question = {rule.question: rule.advice for rule in ample.rules}
@@ -95,7 +95,7 @@ def test_advice_ends_with_what_to_do_next(tmp_path: Path, monkeypatch: pytest.Mo
     nothing = replace(advice, candidates=[replace(each, reason="no") for each in advice.candidates])
     assert what_next(nothing, path).startswith("no method fits")
     alone = replace(advice, candidates=advice.candidates[:1])
-    assert what_next(alone, path).startswith("method: lora is what is left; fleetune submit")
+    assert what_next(alone, path).startswith("lora is what is left: fleetune submit")
     unjudged = job_file(tmp_path, data={**DATA, "eval": None})
     assert "data.eval" in what_next(advise(unjudged, gpu="H100"), unjudged)
 
@@ -119,7 +119,7 @@ def test_the_change_that_lets_a_method_fit_is_what_to_do_next(
 
 def test_each_rule_has_a_source_and_a_strength_and_depends_on_the_situation() -> None:
     rates = {kind: options().rate(2048) for kind, options in KINDS.items()} | {"lora": 4e-4}
-    small = Situation(rates, 1_200_000_000, 10_000_000, 64.0, 200, None, None)
+    small = Situation(rates, 1_200_000_000, 10_000_000, 64.0, 200, None, None, None, None)
     rules = rules_for(small)
     assert all(rule.source and rule.strength in ("strong", "medium", "weak", "folklore") for rule in rules)
     by_question = {rule.question: rule.advice for rule in rules}
@@ -127,10 +127,14 @@ def test_each_rule_has_a_source_and_a_strength_and_depends_on_the_situation() ->
     assert "64 sequences" in by_question["the batch"] and "take an adapter" in by_question["full or an adapter"]
     full, tenth = f"{rates['full']:.2g}", "4e-05"
     assert by_question["the rate of full"].startswith(f"start at {full}, and try {tenth}")
-    large = Situation(rates, 70_000_000_000, 10**9, 8.0, None, False, None)
+    large = Situation(rates, 70_000_000_000, 10**9, 8.0, None, False, None, True, None)
     by_question = {rule.question: rule.advice for rule in rules_for(large)}
     assert "0.7 %" in by_question["the rank"] and "the batch" not in by_question
     assert "try full" in by_question["full or an adapter"] and "hold out rows" in by_question["judging"]
+    assert "take qlora" in by_question["a base in 4 bits"]
+    checkpointed = replace(large, lora_fits=True, lora_change="train.gradient_checkpointing=true")
+    by_rule = {rule.question: rule.advice for rule in rules_for(checkpointed)}
+    assert "fits with train.gradient_checkpointing=true: do not take qlora" in by_rule["a base in 4 bits"]
     too_large = {rule.question: rule.advice for rule in rules_for(replace(large, full_fits=False))}
     assert "full does not fit" in too_large["full or an adapter"]
 

@@ -16,7 +16,14 @@ from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
 from runfolder.job import Job
-from trainer.dry_run.fit import LINE_MARGIN, Change, Forecast, changes_that_fit, with_setting
+from trainer.dry_run.fit import (
+    LINE_MARGIN,
+    Change,
+    Forecast,
+    changes_that_fit,
+    with_more_gpus,
+    with_setting,
+)
 from trainer.dry_run.process import DryRunFailed
 
 GIB = 2**30
@@ -119,6 +126,27 @@ def test_what_costs_time_and_is_not_needed_is_left_out_again() -> None:
     assert tried[-1].settings == {"sharding.zero": 2} and tried[-1].fits
 
 
+def test_gpus_of_a_node_are_proposed_where_nothing_less_does() -> None:
+    asked: list[Job] = []
+
+    def find(changed: Job) -> Forecast:
+        asked.append(changed)
+        workers = changed.resources.world_size if changed.sharding.zero == 3 else 1
+        return Forecast(
+            {"weights": 40 * GIB // workers, "activations": changed.train.micro_batch * 2 * GIB}, "", 0.05
+        )
+
+    job_now = job(method="lora", train={"steps": 3, "micro_batch": 4})
+    change = with_more_gpus(job_now, find, 16 * GIB)
+    assert change is not None and change.fits
+    assert change.settings == {"resources.gpus_per_node": 8, "sharding.zero": 3}
+    assert [asked_job.resources.world_size for asked_job in asked] == [2, 4, 8]
+    smaller = with_more_gpus(job_now, find, 9 * GIB)
+    assert smaller is not None and smaller.settings["train.micro_batch"] == 1
+    assert with_more_gpus(job_now, find, 3 * GIB) is None
+    assert with_more_gpus(job(method="lora", resources={"workers_per_node": 2}), find, 16 * GIB) is None
+
+
 def test_a_change_that_the_job_forbids_is_left_out() -> None:
     job_now = job(base={"model": "some/base", "init": "scratch"}, method="lora")
     tried = changes_that_fit(job_now, lambda _: forecast(20), 8 * GIB, forecast(20))
@@ -189,5 +217,5 @@ def test_random_weights_are_not_in_4_bits_whatever_the_base_is_in() -> None:
 
 def test_a_plan_says_so_where_it_knows_no_change_that_would_fit() -> None:
     too_large = memory.MemoryFit(forecast(10), 11 * GIB, 8 * GIB, False, (), None)
-    assert fit_fields(too_large)["instead"] == "no change is known that would fit"
+    assert fit_fields(too_large)["instead"] == "no change of settings is known that would fit"
     assert "instead" not in fit_fields(memory.MemoryFit(forecast(1), 2 * GIB, 8 * GIB, True, (), None))

@@ -57,11 +57,29 @@ def test_a_cluster_that_does_not_answer_is_planned_for_with_a_gpu_that_is_said(
         raise Unreachable("nobody answers")
 
     monkeypatch.setattr(Local, "capacity", silent)
-    with pytest.raises(InputError, match="^nobody answers; --gpu H100 plans without its answer$"):
+    with pytest.raises(Unreachable, match="^cluster local: nobody answers; --gpu H100 plans without its answer$"):
         plan(source(tmp_path), cluster="local")
     found = plan(source(tmp_path), cluster="local", gpu="H200")
-    assert warned(found, "planned without an answer of local: nobody answers")
+    assert warned(found, "planned without an answer: cluster local: nobody answers")
     assert found.fit is not None and found.request is not None
+
+
+def test_a_far_cluster_that_cannot_be_reached_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = {"hpc": {"kind": "slurm", "link": {"ssh": "nobody@host.invalid"}, "partition": "gpu"}}
+    file = tmp_path / "clusters.yaml"
+    file.write_text(yaml.safe_dump(clusters))
+    monkeypatch.setenv("FLEETUNE_CLUSTERS", str(file))
+    with pytest.raises(Unreachable, match="cluster hpc: .*; --gpu H100 plans without its answer"):
+        plan(source(tmp_path), cluster="hpc")
+    found = plan(source(tmp_path), cluster="hpc", gpu="H100")
+    assert found.fit is not None and found.fit.fits and found.request is None
+    assert warned(found, "planned without an answer: cluster hpc: ")
+    assert warned(found, "resources.gpus_per_node: found nothing, so what is sent to hpc asks for no GPU")
+    clusters["hpc"]["gpu_type"] = "h200"
+    file.write_text(yaml.safe_dump(clusters))
+    named = plan(source(tmp_path, resources={"gpus_per_node": 1}), cluster="hpc")
+    assert named.fit is not None and named.fit.device == int(139.8 * 2**30) and named.hours is not None
+    assert not warned(named, "resources.gpus_per_node")
 
 
 def test_the_clusters_file_says_the_memory_of_gpus_of_any_kind(
