@@ -12,18 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator import (
-    advise_commands,
-    cluster_commands,
-    clusters_commands,
-    evaluate_commands,
-    k8s_commands,
-    look_commands,
-    serve_commands,
-    sweep_commands,
-)
-from orchestrator.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
-from orchestrator.terminal import (
+from orchestrator.commands import advise, cluster, clusters, evaluate, k8s, look, serve, sweep
+from orchestrator.commands.arguments import ClusterOption, JobArgument, RunArgument, SetOption, YesOption
+from orchestrator.terminal.messages import (
     Json,
     announce_json,
     announce_submission,
@@ -45,14 +36,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half of the time of --help
 )
-app.add_typer(cluster_commands.cluster_app, name="cluster")
-app.add_typer(clusters_commands.clusters_app, name="clusters")
-app.add_typer(k8s_commands.k8s_app, name="k8s")
-app.add_typer(look_commands.look_app)
-app.add_typer(evaluate_commands.evaluate_app)
-app.add_typer(serve_commands.serve_app)
-app.add_typer(sweep_commands.sweep_app)
-app.add_typer(advise_commands.advise_app)
+app.add_typer(cluster.cluster_app, name="cluster")
+app.add_typer(clusters.clusters_app, name="clusters")
+app.add_typer(k8s.k8s_app, name="k8s")
+app.add_typer(look.look_app)
+app.add_typer(evaluate.evaluate_app)
+app.add_typer(serve.serve_app)
+app.add_typer(sweep.sweep_app)
+app.add_typer(advise.advise_app)
 
 
 @app.callback()
@@ -158,7 +149,7 @@ def list_command(cluster: ClusterOption = None, as_json: Json = False) -> None:
     runs = list_runs(cluster)
     if as_json:
         return print_json([run.dump() for run in runs])
-    from orchestrator.render import show_runs
+    from orchestrator.terminal.render import show_runs
 
     return show_runs(runs)
 
@@ -171,7 +162,7 @@ def status_command(run: RunArgument, cluster: ClusterOption = None, as_json: Jso
     run_status = status(run, cluster)
     if as_json:
         return print_json(run_status.dump())
-    from orchestrator.render import show_run
+    from orchestrator.terminal.render import show_run
 
     return show_run(run_status)
 

@@ -10,7 +10,7 @@ from clusters.remote.cluster import RemoteCluster
 from clusters.remote.machine import EnvironmentMissing
 from orchestrator.backends import config_of, far_machine, open_cluster
 from orchestrator.errors import InputError
-from orchestrator.terminal import tell
+from orchestrator.terminal.messages import tell
 
 
 def set_up_cluster(name: str, yes: bool) -> bool:

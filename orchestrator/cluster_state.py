@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.status_text import Fact
+from orchestrator.terminal.status_text import Fact
 
 
 def state_lines(state: Mapping[str, Any]) -> Iterator[Fact]:

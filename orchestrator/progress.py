@@ -10,7 +10,7 @@ from clusters.base import Unreachable
 from orchestrator.logs import LogReader
 from orchestrator.runs import Handle, find
 from orchestrator.status import ENDED, Status, statuses
-from orchestrator.status_text import activity_text
+from orchestrator.terminal.status_text import activity_text
 from orchestrator.tracking.history import RowReader
 from runfolder.appended import Chunk, Position
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from orchestrator.comparison.estimates import Estimate
 from orchestrator.evaluation.report import LOSS, EvaluatedTask, EvaluationReport, TaskResult
-from orchestrator.wrapped import WrappedText
+from orchestrator.terminal.wrapped import WrappedText
 
 TITLES = {"exact_match": "exact match", "accuracy": "accuracy", LOSS: "loss"}
 _WIDE_ENOUGH = 76  # columns, with which intervals stand beside their values

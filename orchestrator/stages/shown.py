@@ -1,8 +1,8 @@
 """The plans of stages as fields for a terminal."""
 
 from orchestrator.planning.plan import Plan
-from orchestrator.render import show_fields, show_plan
 from orchestrator.stages.planned import StagePlan, WritingPlan
+from orchestrator.terminal.render import show_fields, show_plan
 
 
 def show_stage(plan: StagePlan) -> None:

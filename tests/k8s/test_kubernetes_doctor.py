@@ -14,8 +14,8 @@ pytest.importorskip("kubernetes", reason="the client of Kubernetes is not instal
 
 from clusters import kubernetes_api, kubernetes_namespace
 from clusters.checks import Check
-from orchestrator import render
 from orchestrator.cluster_doctor import cluster_checks
+from orchestrator.terminal import render
 
 CLAIM = "/api/v1/namespaces/fleetune/persistentvolumeclaims/fleetune"
 QUOTA = "/api/v1/namespaces/fleetune/resourcequotas/fleetune"

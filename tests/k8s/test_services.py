@@ -23,7 +23,7 @@ from orchestrator.prune import leftovers
 from orchestrator.serve import Serving
 from orchestrator.serve_on_cluster import planned_service, serve_on_cluster
 from orchestrator.status import list_runs
-from orchestrator.status_text import output_lines, status_lines
+from orchestrator.terminal.status_text import output_lines, status_lines
 from runfolder.chain import close
 from runfolder.resources import Resources
 from serving.gateway.tenants import hash_of

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from methods.parts.combination import Recipe, combine
 from methods.parts.lora_folder import NotCombined, read_lora_folder, write_lora_folder
 from orchestrator.combine import combine_adapters
+from orchestrator.commands.serve import serve_app
 from orchestrator.errors import InputError
-from orchestrator.serve_commands import serve_app
 from serving.engine import Engine
 from serving.sequence import Request
 

@@ -23,8 +23,9 @@ from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from clusters.supervisor import Supervisor
 from fleetune import InputError
-from orchestrator import controller, render, runs
+from orchestrator import controller, runs
 from orchestrator.status import ENDED
+from orchestrator.terminal import render
 from orchestrator.tracking.collect import troubles
 from orchestrator.tracking.delivery import undelivered
 from orchestrator.tracking.trouble import Trouble, note_trouble

@@ -13,7 +13,8 @@ from rich.console import Console
 from run_folders import claim, make_run, plan, steps
 
 from methods.options import KINDS
-from orchestrator import cli, describe, doctor, progress, render, runs
+from orchestrator import cli, describe, doctor, progress, runs
+from orchestrator.terminal import render
 from runfolder.chain import close
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from tokenizer_kinds import CHATML, make
 from orchestrator.errors import InputError
 from orchestrator.planning import survey as looking
 from orchestrator.planning.plan import plan
-from orchestrator.row_text import show_rows
 from orchestrator.rows import rows
 from orchestrator.submit import submit
+from orchestrator.terminal.row_text import show_rows
 from runfolder.record import read_record
 
 ROOT = Path(__file__).parents[2]

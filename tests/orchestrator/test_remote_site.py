@@ -27,7 +27,7 @@ from clusters.remote.site import RemoteSite
 from fleetune import InputError
 from orchestrator import backends, progress, runs
 from orchestrator.logs import LogReader
-from orchestrator.run_list import age, list_lines
+from orchestrator.terminal.run_list import age, list_lines
 from runfolder.appended import READ_AT_ONCE, Position
 from runfolder.chain import close, result
 from runfolder.digests import folder_digest

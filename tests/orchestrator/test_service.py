@@ -24,14 +24,14 @@ from clusters.remote.shelf import Shelf
 from clusters.slurm import Slurm
 from clusters.slurm_script import SlurmConfig
 from orchestrator import backends
+from orchestrator.commands.serve import serve_app
 from orchestrator.errors import InputError
 from orchestrator.forwarding import forwarding
 from orchestrator.runs import new_id, remember
 from orchestrator.serve import Serving
-from orchestrator.serve_commands import serve_app
 from orchestrator.serve_on_cluster import serve_on_cluster, service_resources
 from orchestrator.status import Status, join_status
-from orchestrator.status_text import output_lines, status_lines
+from orchestrator.terminal.status_text import output_lines, status_lines
 from orchestrator.tracking.collect import deliver_all
 from runfolder.chain import attempts, claim_next
 from runfolder.files import Damaged

@@ -19,11 +19,11 @@ from rich.table import Table
 from run_folders import T0, claim, make_run, plan, steps
 
 from orchestrator import progress
-from orchestrator.render import run_view
-from orchestrator.run_list import age, list_lines
 from orchestrator.status import Status
-from orchestrator.status_text import status_lines
-from orchestrator.wrapped import WrappedText, wrapped_lines
+from orchestrator.terminal.render import run_view
+from orchestrator.terminal.run_list import age, list_lines
+from orchestrator.terminal.status_text import status_lines
+from orchestrator.terminal.wrapped import WrappedText, wrapped_lines
 from runfolder.activity import Activity
 from runfolder.chain import close
 from runfolder.figures import Figures

@@ -6,9 +6,9 @@ import pytest
 from adapters import Exported
 from typer.testing import CliRunner
 
+from orchestrator.commands.serve import serve_app
 from orchestrator.errors import InputError
 from orchestrator.serve import Serving, serve
-from orchestrator.serve_commands import serve_app
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from orchestrator import cli, evaluate_commands, render, side_by_side
+from orchestrator import cli
 from orchestrator.chat import ChatAnswer, ChatSettings, chat
+from orchestrator.commands import evaluate as evaluate_commands
 from orchestrator.errors import InputError
+from orchestrator.terminal import render, side_by_side
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import fleetune
+from orchestrator.commands.serve import serve_app
 from orchestrator.errors import InputError
-from orchestrator.serve_commands import serve_app
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 ROWS = 16

@@ -10,11 +10,11 @@ from llamas import LLAMA_1B
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.fit_text import fit_fields
 from orchestrator.planning import memory
 from orchestrator.planning.fitted_line import fitted
 from orchestrator.planning.model import Model
 from orchestrator.planning.plan import plan
+from orchestrator.terminal.fit_text import fit_fields
 from runfolder.job import Job
 from trainer.dry_run.fit import (
     LINE_MARGIN,

@@ -12,13 +12,13 @@ from llamas import LLAMA_3B
 from methods.options.low_rank import Dora, Lora
 from methods.options.subspace import Galore
 from orchestrator.errors import InputError
-from orchestrator.fit_text import generation_fields
 from orchestrator.planning.freeze import read_job
 from orchestrator.planning.generations import generations
 from orchestrator.planning.model import Model, parameter_count, read_header, weight_files
 from orchestrator.planning.plan import plan
 from orchestrator.planning.preflight import check_job
 from orchestrator.planning.sizes import Memory, memory, planned_kernels, sizes
+from orchestrator.terminal.fit_text import generation_fields
 from runfolder.job import Job
 
 SMALL = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")}

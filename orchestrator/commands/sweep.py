@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption
-from orchestrator.terminal import Json, count_delivered, print_json, tell
+from orchestrator.commands.arguments import ClusterOption
+from orchestrator.terminal.messages import Json, count_delivered, print_json, tell
 
 sweep_app = typer.Typer()
 
@@ -50,6 +50,6 @@ def sweep_command(
     if as_json:
         return print_json(comparison.to_json())
     from orchestrator.comparison.table import table
-    from orchestrator.render import output_width, print_markup
+    from orchestrator.terminal.render import output_width, print_markup
 
     return print_markup(table(comparison, output_width()))

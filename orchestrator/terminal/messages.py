@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.wrapped import wrapped_lines
+from orchestrator.terminal.wrapped import wrapped_lines
 
 if TYPE_CHECKING:
     from orchestrator.submit import Submission

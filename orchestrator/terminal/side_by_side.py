@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.chat import ChatAnswer
-from orchestrator.render import output_width, print_markup
+from orchestrator.terminal.render import output_width, print_markup
 
 _LEAST_COLUMN = 24  # characters
 _BETWEEN = 3  # columns between two answers

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, GpuOption, JobArgument, SetOption
-from orchestrator.terminal import Json, clear_count, count_delivered, count_methods, count_rows, print_json, tell
+from orchestrator.commands.arguments import ClusterOption, GpuOption, JobArgument, SetOption
+from orchestrator.terminal.messages import (
+    Json,
+    clear_count,
+    count_delivered,
+    count_methods,
+    count_rows,
+    print_json,
+    tell,
+)
 
 if TYPE_CHECKING:
     from orchestrator.advice.advise import Advice
@@ -55,7 +63,7 @@ def _show_advice(advice: "Advice", file: Path, as_json: bool) -> None:
     from rich.markup import escape
 
     from orchestrator.advice.table import ABOUT, candidates_table, rules_table
-    from orchestrator.render import print_markup
+    from orchestrator.terminal.render import print_markup
     from trainer.dry_run.fit import LINE_MARGIN
 
     print_markup(candidates_table(advice))
@@ -109,7 +117,7 @@ def _race(file: Path, cluster: str | None, html: Path | None, as_json: bool) -> 
         cost = {"steps": result.steps, "device_hours": result.device_hours}
         return print_json({**comparison.to_json(), "job": str(advised), "cost": cost})
     from orchestrator.comparison.table import table
-    from orchestrator.render import output_width, print_markup
+    from orchestrator.terminal.render import output_width, print_markup
 
     print_markup(table(comparison, output_width()))
     print(f"it took {result.steps:,} steps, {result.device_hours:.2g} hours of devices")

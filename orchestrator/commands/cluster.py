@@ -2,7 +2,7 @@
 
 import typer
 
-from orchestrator.terminal import Json, print_json
+from orchestrator.terminal.messages import Json, print_json
 
 cluster_app = typer.Typer(help="Start, stop and look at the cluster on this machine.", no_args_is_help=True)
 
@@ -34,6 +34,6 @@ def cluster_status_command(as_json: Json = False) -> None:
     if as_json:
         return print_json({**state, "capacity": asdict(state["capacity"])})
     from orchestrator.cluster_state import state_lines
-    from orchestrator.render import show_fields
+    from orchestrator.terminal.render import show_fields
 
     return show_fields(dict(state_lines(state)))

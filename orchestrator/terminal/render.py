@@ -15,13 +15,13 @@ from methods.options.base import WIDTH
 from orchestrator.cluster_views import ClusterView
 from orchestrator.comparison.measure import format_bytes
 from orchestrator.describe import CAPABILITIES, support
-from orchestrator.fit_text import fit_fields, generation_fields, hours_text
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.sizes import Sizes
-from orchestrator.run_list import GAP, list_lines
 from orchestrator.status import Status
-from orchestrator.status_text import output_lines, status_lines
-from orchestrator.wrapped import WrappedText
+from orchestrator.terminal.fit_text import fit_fields, generation_fields, hours_text
+from orchestrator.terminal.run_list import GAP, list_lines
+from orchestrator.terminal.status_text import output_lines, status_lines
+from orchestrator.terminal.wrapped import WrappedText
 
 _COLOURS = {
     "succeeded": "green",

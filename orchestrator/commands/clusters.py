@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.arguments import YesOption
-from orchestrator.terminal import Json, print_json
+from orchestrator.commands.arguments import YesOption
+from orchestrator.terminal.messages import Json, print_json
 
 clusters_app = typer.Typer()
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A cluster of the clusters file.")]
@@ -28,7 +28,7 @@ def list_clusters(as_json: Json = False) -> None:
     views = cluster_views()
     if as_json:
         return print_json([view.dump() for view in views])
-    from orchestrator.render import show_clusters
+    from orchestrator.terminal.render import show_clusters
 
     return show_clusters(views)
 

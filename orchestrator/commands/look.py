@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.arguments import ClusterOption, GpuOption, JobArgument, RunArgument, SetOption
-from orchestrator.terminal import Json, clear_count, count_delivered, count_rows, print_json, warn_of_undelivered
+from orchestrator.commands.arguments import ClusterOption, GpuOption, JobArgument, RunArgument, SetOption
+from orchestrator.terminal.messages import (
+    Json,
+    clear_count,
+    count_delivered,
+    count_rows,
+    print_json,
+    warn_of_undelivered,
+)
 
 if TYPE_CHECKING:
     from orchestrator.stages.planned import StagePlan
@@ -34,7 +41,7 @@ def plan_command(
     clear_count()
     if as_json:
         return print_json(job_plan.dump())
-    from orchestrator.render import show_plan
+    from orchestrator.terminal.render import show_plan
 
     return show_plan(job_plan)
 
@@ -69,7 +76,7 @@ def rows_command(
     clear_count()
     if as_json:
         return print_json(view.dump())
-    from orchestrator.row_text import show_rows
+    from orchestrator.terminal.row_text import show_rows
 
     return show_rows(view)
 
@@ -125,7 +132,7 @@ def compare_command(
         return print_json(comparison.to_json())
     from orchestrator.comparison.sparks import spark_lines
     from orchestrator.comparison.table import table
-    from orchestrator.render import output_width, print_markup
+    from orchestrator.terminal.render import output_width, print_markup
 
     width = output_width()
     print_markup(table(comparison, width))
@@ -144,7 +151,7 @@ def methods_command(
     descriptions = methods(kind)
     if as_json:
         return print_json(descriptions)
-    from orchestrator.render import show_method, show_methods
+    from orchestrator.terminal.render import show_method, show_methods
 
     if kind is None:
         return show_methods(descriptions)
@@ -167,7 +174,7 @@ def doctor_command(
     checks = doctor(cluster, test_job)
     if as_json:
         return print_json([asdict(check) for check in checks])
-    from orchestrator.render import show_checks
+    from orchestrator.terminal.render import show_checks
 
     return show_checks(checks)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from orchestrator.render import print_markup, show_fields
 from orchestrator.rows import PackedSequence, RowsView, ShownExample
+from orchestrator.terminal.render import print_markup, show_fields
 
 if TYPE_CHECKING:
     from trainer.data.survey import Survey

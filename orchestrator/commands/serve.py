@@ -6,9 +6,17 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.commands.evaluate import BaseOption, SeveralValues
 from orchestrator.errors import InputError
-from orchestrator.evaluate_commands import BaseOption, SeveralValues
-from orchestrator.terminal import Json, announce_submission, clear_count, count_answers, count_bytes, print_json, warn
+from orchestrator.terminal.messages import (
+    Json,
+    announce_submission,
+    clear_count,
+    count_answers,
+    count_bytes,
+    print_json,
+    warn,
+)
 
 serve_app = typer.Typer()
 LISTENS = "127.0.0.1"

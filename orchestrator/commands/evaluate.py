@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from orchestrator.arguments import YesOption
-from orchestrator.terminal import Json, clear_count, count_answers, count_bytes, print_json, tell, warn
+from orchestrator.commands.arguments import YesOption
+from orchestrator.terminal.messages import Json, clear_count, count_answers, count_bytes, print_json, tell, warn
 
 if TYPE_CHECKING:
     from orchestrator.chat import Conversations
@@ -145,7 +145,7 @@ def _show_evaluation(evaluation: "EvaluationReport", html: Path | None, as_json:
     if as_json:
         return print_json(evaluation.to_json())
     from orchestrator.evaluation.table import evaluation_table
-    from orchestrator.render import output_width, print_markup
+    from orchestrator.terminal.render import output_width, print_markup
 
     return print_markup(evaluation_table(evaluation, output_width()))
 
@@ -208,6 +208,6 @@ def _ask_prompt(conversations: "Conversations", prompt: str, as_json: bool) -> N
     if as_json:
         by_label = {answer.label: answer.text for answer in answers}
         return print(json.dumps({"prompt": prompt, "answers": by_label}), flush=True)
-    from orchestrator.side_by_side import show_answers
+    from orchestrator.terminal.side_by_side import show_answers
 
     return show_answers(answers, typed=sys.stdin.isatty(), prompt=prompt)
