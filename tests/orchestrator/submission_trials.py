@@ -440,7 +440,7 @@ def main(root: Path) -> None:
     os.environ["FLEETUNE_HOME"] = str(root / "home")
     POOL.root = root
     job, _ = freeze.read_job(root / "job.yaml")
-    model, _ = preflight._checked_base(job)
+    model, _ = preflight._checked_base(job, by_config=False)
     assert model
     findings = preflight.Findings(model, None, None, ())
     found = freeze.versions()
