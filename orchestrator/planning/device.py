@@ -1,5 +1,6 @@
 """Which GPU a worker of a job gets, as far as the place where it would run tells: its name and its memory."""
 
+import reprlib
 import shutil
 import subprocess
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def device_said(text: str | None) -> Device:
     if not 0 < gib <= MOST_GIB:
         known = ", ".join(GPU_MODELS)
         allowed = f"GiB like 80 (at most {MOST_GIB:,}), one of {known}, or a name with its GiB like A100:80"
-        raise InputError(f"--gpu: found {text!r}; allowed: {allowed}")
+        raise InputError(f"--gpu: found {reprlib.repr(text)}; allowed: {allowed}")
     return Device(name.strip() or None, bytes_of(gib))
 
 

@@ -216,6 +216,8 @@ def _plan_fields(plan: Plan) -> dict[str, str]:
         return fields
     if plan.hours is not None:
         fields["time"] = hours_text(plan.hours, plan.hours_changed)
+    elif plan.sizes is None:
+        fields["time"] = "not foretold, as the base's parameters are not known"
     elif plan.has_gpus and plan.steps:
         fields["time"] = "not foretold, as it is not known what such a GPU does (--gpu H100 names one that is known)"
     return fields
