@@ -64,12 +64,11 @@ def planned_place(job: Job, cluster: str | None, said: Device) -> PlannedPlace:
         warnings.append(f"planned without an answer: {_in_full(error, cluster)}")
     if known.memory is not None and capacity.kind == "cpu":
         capacity = UNTOLD
-    is_machine = isinstance(backend, Local)
-    if capacity.kind == "gpu" and not is_machine and job.resources.gpus_per_node is None:
+    if capacity.kind == "gpu" and not _gives_gpus_unasked(cluster) and job.resources.gpus_per_node is None:
         asked = f"so what is sent to {cluster} asks for no GPU; 1 or more does"
         warnings.append(f"resources.gpus_per_node: found nothing, {asked}")
     device = planned_device(capacity, site.is_here, known)
-    host = host_bytes() if is_machine and said == Device() else None
+    host = host_bytes() if isinstance(backend, Local) and said == Device() else None
     return PlannedPlace(capacity, device, host, site.is_here, request, earlier, tuple(warnings))
 
 
@@ -84,6 +83,11 @@ def _without_cluster(said: Device) -> PlannedPlace:
     device = planned_device(capacity, True, said)
     earlier = earlier_costs(open_cluster("local").site)
     return PlannedPlace(capacity, device, host, True, None, earlier)
+
+
+def _gives_gpus_unasked(cluster: str) -> bool:
+    """Whether each worker gets a GPU there, where there are some, whatever its job says."""
+    return cluster in CLUSTERS or config_of(cluster).kind == "local"
 
 
 def _configured_device(cluster: str) -> Device:

@@ -90,6 +90,7 @@ def test_the_clusters_file_says_the_memory_of_gpus_of_any_kind(
     monkeypatch.setenv("FLEETUNE_CLUSTERS", str(tmp_path / "clusters.yaml"))
     found = plan(source(tmp_path), cluster="bench")
     assert found.fit is not None and found.fit.device == 24 * 2**30
+    assert not warned(found, "resources.gpus_per_node"), "each worker of such a cluster gets one"
 
 
 def test_more_workers_than_a_cluster_has_gpus_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
