@@ -87,7 +87,10 @@ def _without_cluster(said: Device) -> PlannedPlace:
 
 def _gives_gpus_unasked(cluster: str) -> bool:
     """Whether each worker gets a GPU there, where there are some, whatever its job says."""
-    return cluster in CLUSTERS or config_of(cluster).kind == "local"
+    if cluster in CLUSTERS:
+        return True
+    config = config_of(cluster)
+    return config.kind == "local"
 
 
 def _configured_device(cluster: str) -> Device:
